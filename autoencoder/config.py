@@ -1,0 +1,132 @@
+"""The autoencoder's configuration; its fields are the keys of diffusers' ``vae/config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an `AutoencoderKL`; field names and defaults are those of diffusers' ``AutoencoderKL``.
+
+    The image is halved ``len(block_out_channels) - 1`` times: two entries give f2, four give f8, five f16.
+    Empty block types mean plain residual blocks at every level. ``scaling_factor`` and ``shift_factor`` map
+    raw latents to the denoiser's, z = (raw - shift) * scale; ``latents_mean`` and ``latents_std`` are
+    statistics per channel.
+
+    Raises:
+        ValueError: a value is impossible or two of them disagree; the sentence names the field and the value.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ()
+    up_block_types: tuple[str, ...] = ()
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        if not self.down_block_types:
+            object.__setattr__(self, "down_block_types", DOWN_BLOCKS[:1] * levels)
+        if not self.up_block_types:
+            object.__setattr__(self, "up_block_types", UP_BLOCKS[:1] * levels)
+        self._check_counts()
+        self._check_blocks()
+        self._check_latents()
+
+    def _check_counts(self) -> None:
+        for name in (
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+            "sample_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not self.block_out_channels:
+            raise ValueError("block_out_channels must name at least one level, got ()")
+        for channels in self.block_out_channels:
+            if not isinstance(channels, int) or channels < 1 or channels % self.norm_num_groups:
+                raise ValueError(
+                    "block_out_channels must be positive multiples of "
+                    f"norm_num_groups={self.norm_num_groups}, got {channels!r}"
+                )
+
+    def _check_blocks(self) -> None:
+        if self.act_fn not in ACTIVATIONS:
+            raise ValueError(f"act_fn must be one of {', '.join(ACTIVATIONS)}, got {self.act_fn!r}")
+        for name, accepted in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            types = getattr(self, name)
+            if len(types) != len(self.block_out_channels):
+                raise ValueError(
+                    f"{name} must be as long as block_out_channels, "
+                    f"got {len(types)} and {len(self.block_out_channels)} entries"
+                )
+            for block in types:
+                if block not in accepted:
+                    raise ValueError(f"{name} may hold {' and '.join(accepted)}, got {block!r}")
+
+    def _check_latents(self) -> None:
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor must be positive, got {self.scaling_factor!r}")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} entries, latent_channels is {self.latent_channels}"
+                )
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels along one side of a latent position."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
+        """Read diffusers' JSON object; keys that start with an underscore are ignored.
+
+        Raises:
+            ValueError: an unknown key (named, with the nearest known one) or an impossible value.
+        """
+        known = [field.name for field in fields(cls)]
+        chosen: dict[str, Any] = {}
+        for key, value in values.items():
+            if key.startswith("_"):
+                continue
+            if key not in known:
+                nearest = get_close_matches(key, known, n=1)
+                hint = (
+                    f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(known)}"
+                )
+                raise ValueError(f"unknown autoencoder config key {key!r}{hint}")
+            chosen[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Diffusers' JSON object: every field plus ``_class_name``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {"_class_name": "AutoencoderKL", **plain}

@@ -1,0 +1,76 @@
+"""PatchGAN discriminator: a logit for every overlapping patch (Isola et al. 2017, section 3.2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
+
+NORMS = ("batch", "group", "none")
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [B, in_channels, H, W] in [-1, 1] -> logits [B, 1, h, w], with h about H / 2^num_layers.
+
+    4x4 convolutions: `num_layers` of stride two that double the width up to 8 * base_channels, one of stride
+    one, and one to a single channel. Every layer but the first and last is normalised. Three layers see 70x70
+    pixels. Weights start as N(0, 0.02) (Isola et al. 2017, section 6.2), norm scales as N(1, 0.02), biases as
+    0; drawn from `generator` when one is given.
+
+    Raises:
+        ValueError: `norm` is none of batch, group, none, or `num_layers` is below one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        num_layers: int = 3,
+        norm: str = "batch",
+        spectral_norm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        widths = [base_channels * min(2**level, 8) for level in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for level in range(1, num_layers + 1):
+            stride = 2 if level < num_layers else 1
+            layers += _layer(widths[level - 1], widths[level], stride, norm)
+        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.layers = nn.Sequential(*layers)
+        self._initialise(generator)
+        if spectral_norm:
+            for conv in self._convolutions():
+                with_spectral_norm(conv)
+
+    def _convolutions(self) -> Iterator[nn.Conv2d]:
+        return (layer for layer in self.layers if isinstance(layer, nn.Conv2d))
+
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        for layer in self.layers:
+            if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
+                centre = 0.0 if isinstance(layer, nn.Conv2d) else 1.0
+                nn.init.normal_(layer.weight, centre, 0.02, generator=generator)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def _layer(in_channels: int, out_channels: int, stride: int, norm: str) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=norm != "batch")
+    norms: dict[str, list[nn.Module]] = {
+        "batch": [nn.BatchNorm2d(out_channels)],
+        "group": [nn.GroupNorm(gcd(32, out_channels), out_channels)],
+        "none": [],
+    }
+    return [conv, *norms[norm], nn.LeakyReLU(0.2)]

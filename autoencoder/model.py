@@ -1,0 +1,187 @@
+"""AutoencoderKL, the first stage of latent diffusion (Rombach et al. 2022, section 3.1), and its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from autoencoder.blocks import Decoder, Encoder
+from autoencoder.config import AutoencoderConfig
+from autoencoder.gaussian import DiagonalGaussian
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Reconstruction(NamedTuple):
+    """A training forward: image [B, 3, H, W], the last layer's input [B, D, H, W], moments [B, 2C, h, w]."""
+
+    image: Tensor
+    features: Tensor
+    moments: Tensor
+
+    @property
+    def posterior(self) -> DiagonalGaussian:
+        return DiagonalGaussian(self.moments)
+
+
+class AutoencoderKL(nn.Module):
+    """Convolutional autoencoder with a Gaussian bottleneck; parameter names are those of diffusers' class."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels along one side of a latent position."""
+        return self.config.downsample_factor
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight [3, D, 3, 3] of the decoder's last convolution, where the adversarial weight is measured."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.last_layer.dtype
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trade time for memory: keep block boundaries only and recompute the rest in the backward pass."""
+        self.encoder.gradient_checkpointing = enabled
+        self.decoder.gradient_checkpointing = enabled
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance [B, 2C, H/f, W/f] of q(z | x) for images x [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: the channels are not the config's, or H or W is no multiple of the factor f.
+        """
+        channels, factor = self.config.in_channels, self.downsample_factor
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"images must be [B, {channels}, H, W] with H and W multiples of {factor}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        h: Tensor = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Posterior over raw latents [B, C, H/f, W/f] of images [B, 3, H, W] in [-1, 1]; see `moments`."""
+        return DiagonalGaussian(self.moments(x))
+
+    def decode_features(self, z: Tensor) -> Tensor:
+        """The last convolution's input [B, block_out_channels[0], f*h, f*w] for raw latents z [B, C, h, w].
+
+        Raises:
+            ValueError: z has not `latent_channels` channels.
+        """
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ValueError(f"latents must be [B, {channels}, h, w], got shape {tuple(z.shape)}")
+        return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images [B, 3, f*h, f*w], about [-1, 1] and not clamped, from raw latents z [B, C, h, w]."""
+        image: Tensor = self.decoder.conv_out(self.decode_features(z))
+        return image
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Encode, take z = mean + std * noise (None: the posterior's mode), decode; what a distributed wrapper calls."""
+        moments = self.moments(x)
+        features = self.decode_features(DiagonalGaussian(moments).sample(noise))
+        return Reconstruction(self.decoder.conv_out(features), features, moments)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AutoencoderKL:
+        """Read diffusers' ``vae/`` folder (config.json, diffusion_pytorch_model.safetensors), in eval mode.
+
+        Raises:
+            ValueError: a file is missing or unreadable, or its keys or shapes are not this config's; the
+                sentence names the file and the key.
+        """
+        folder = Path(folder)
+        config = _read_config(folder / CONFIG_NAME)
+        with torch.device("meta"):
+            model = cls(config)
+        state = _read_weights(folder / WEIGHTS_NAME, model.state_dict())
+        model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors; each file appears whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        _write(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+        _write(folder / CONFIG_NAME, (json.dumps(self.config.to_dict(), indent=2) + "\n").encode())
+
+
+def _read_config(path: Path) -> AutoencoderConfig:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot read the autoencoder's config ({error})") from error
+    if type(values) is not dict:
+        raise ValueError(
+            f"{path}: the autoencoder's config must be a JSON object, got {type(values).__name__}"
+        )
+    try:
+        return AutoencoderConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `path` under today's key names, checked against the keys and shapes of `wanted`."""
+    try:
+        state = {current_key(key): value for key, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot read the autoencoder's weights ({error})") from error
+    for title, keys in (
+        ("lacks", wanted.keys() - state.keys()),
+        ("has the unknown", state.keys() - wanted.keys()),
+    ):
+        if keys:
+            raise ValueError(f"{path}: {title} key {min(keys)!r} ({len(keys)} such keys)")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            raise ValueError(
+                f"{path}: key {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
+            )
+    return state
+
+
+def current_key(key: str) -> str:
+    """Today's name of a parameter; older diffusers named the projections query, key, value and proj_attn."""
+    return re.sub(
+        r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+        lambda found: OLD_ATTENTION_NAMES[found[1]],
+        key,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,184 @@
+"""Config dataclasses -> objects: the only place that chooses a class by a config's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from autoencoder import LPIPS, AutoencoderKL, EfficientNetFeatureDistance, LossWeights, PatchDiscriminator
+from autoencoder.perceptual import FeatureDistance
+from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
+from ldm.config import (
+    AutoencoderLossConfig,
+    AutoencoderTraining,
+    ConfigError,
+    DataConfig,
+    DiscriminatorConfig,
+    LdmTraining,
+    PerceptualConfig,
+    PretrainedClip,
+    ScratchClip,
+    TextEncoderConfig,
+)
+from ldm.data.batches import PixelBatch, Transform, pixel_batches, stream_batches
+from ldm.data.order import BatchPlan
+from ldm.data.sources import Columns, Source, open_source, open_stream
+from ldm.networks import UNet
+from ldm.pretrained import read_unet, read_vae, resolve
+from ldm.process import Objective
+from ldm.seeds import generator, seed_of
+
+
+def build_source(config: DataConfig, split: str, seed: int) -> Source:
+    """The training or validation data of a config, with random access."""
+    validation = split == config.validation_split
+    return open_source(
+        (config.validation_source or config.source) if validation else config.source,
+        split,
+        config.resolution,
+        Columns(config.image_column, config.caption_columns),
+        config.max_validation_samples if validation else config.max_train_samples,
+        config.shapes_per_image,
+        seed,
+    )
+
+
+def build_transform(config: DataConfig, seed: int) -> Transform:
+    """Resize, crop and flip as the config says."""
+    return Transform(config.resolution, config.center_crop, config.random_flip, seed)
+
+
+def build_batches(
+    config: DataConfig, plan: BatchPlan, seed: int, first_step: int, last_step: int
+) -> Iterator[PixelBatch]:
+    """Stage one's training batches for the given optimiser steps of this process."""
+    transform = build_transform(config, seed)
+    if config.streaming:
+        columns = Columns(config.image_column, config.caption_columns)
+        stream = open_stream(config.source, config.split, columns, seed, config.shuffle_buffer)
+        return stream_batches(stream, transform, plan, first_step, last_step)
+    source = build_source(config, config.split, seed)
+    return pixel_batches(source, transform, plan, seed, first_step, last_step, config.dataloader_num_workers)
+
+
+def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
+    """A new autoencoder, its weights a function of the seed, or the one of `pretrained_model`."""
+    if config.pretrained_model is not None:
+        model = read_vae(resolve(config.pretrained_model))
+        if model.config.block_out_channels != config.autoencoder.block_out_channels:
+            raise ConfigError(
+                f"{config.pretrained_model} has block_out_channels {model.config.block_out_channels}, "
+                f"`autoencoder.block_out_channels` is {config.autoencoder.block_out_channels}"
+            )
+        return model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.seed, "autoencoder"))
+        return AutoencoderKL(config.autoencoder)
+
+
+def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:
+    """A patch discriminator, its weights a function of the seed."""
+    return PatchDiscriminator(
+        3,
+        config.base_channels,
+        config.num_layers,
+        config.norm,
+        config.spectral_norm,
+        generator(seed, "discriminator"),
+    )
+
+
+def build_perceptual(config: PerceptualConfig) -> FeatureDistance | None:
+    """The frozen perceptual network.
+
+    Raises:
+        ConfigError: when its weights cannot be had, saying what to do.
+    """
+    try:
+        match config.type:
+            case "efficientnet_lite0":
+                return EfficientNetFeatureDistance()
+            case "lpips_vgg" | "lpips_alex" | "lpips_squeeze":
+                return LPIPS(config.type.removeprefix("lpips_"), config.weights)
+            case "none":
+                return None
+    except ValueError as error:
+        raise ConfigError(f"`perceptual.type` {config.type}: {error}") from error
+
+
+def build_loss_weights(config: AutoencoderLossConfig) -> LossWeights:
+    """The stage-one loss weights."""
+    return LossWeights(
+        reconstruction=config.reconstruction,
+        perceptual=config.perceptual,
+        kl=config.kl,
+        discriminator=config.discriminator,
+        discriminator_loss=config.discriminator_loss,
+        discriminator_start=config.discriminator_start,
+    )
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, captions: Iterable[str], seed: int, saved_tokenizer: Path
+) -> ClipTextEncoder:
+    """A pretrained text tower, or a new one whose vocabulary is learnt from the captions.
+
+    The learnt vocabulary is kept in `saved_tokenizer`, so that a resumed run reads the same one.
+    """
+    match config:
+        case PretrainedClip():
+            folder = resolve(config.path)
+            parts = [folder / "text_encoder", folder / "tokenizer"]
+            model, tokenizer = parts if all(p.is_dir() for p in parts) else (folder, folder)
+            return ClipTextEncoder.from_pretrained(model, tokenizer, config.clip_skip, config.trainable)
+        case ScratchClip():
+            if not (saved_tokenizer / "tokenizer_config.json").exists():
+                ClipTokenizer.train(captions, config.vocab_size, config.max_length).save_pretrained(saved_tokenizer)
+            tokenizer_ = ClipTokenizer.from_pretrained(saved_tokenizer)
+            text = ClipTextConfig(
+                vocab_size=tokenizer_.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=4 * config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                max_position_embeddings=config.max_length,
+                bos_token_id=tokenizer_.bos_token_id,
+                eos_token_id=tokenizer_.eos_token_id,
+                pad_token_id=tokenizer_.pad_token_id,
+            )
+            model_ = ClipTextModel.from_scratch(text, generator(seed, "text_encoder"))
+            return ClipTextEncoder(tokenizer_, model_, trainable=True)
+        case _:
+            raise ConfigError(f"`text_encoder.type` {type(config).__name__} is not clip or clip_from_scratch")
+
+
+def build_unet(config: LdmTraining, latent_channels: int, context_width: int) -> UNet:
+    """A new U-Net, its weights a function of the seed, or the one of `pretrained_model`.
+
+    Raises:
+        ConfigError: when its channels do not fit the autoencoder or its context does not fit the text encoder.
+    """
+    unet = config.unet
+    for name, value, other in (
+        ("in_channels", unet.in_channels, latent_channels),
+        ("out_channels", unet.out_channels, latent_channels),
+        ("cross_attention_dim", unet.cross_attention_dim, context_width),
+    ):
+        if value != other:
+            source = "text encoder's width" if name == "cross_attention_dim" else "autoencoder's latent channels"
+            raise ConfigError(f"`unet.{name}` is {value}, but the {source} is {other}")
+    if config.pretrained_model is not None:
+        return read_unet(resolve(config.pretrained_model)).train()
+    return UNet.from_scratch(unet, generator(config.seed, "unet"))
+
+
+def build_objective(config: LdmTraining) -> Objective:
+    """The training objective over the config's diffusion process."""
+    return Objective(
+        config.diffusion.schedule(),
+        config.diffusion.prediction_type,
+        config.objective.snr_gamma,
+        config.objective.timestep_sampling,
+    )

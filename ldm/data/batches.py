@@ -1,0 +1,150 @@
+"""From slots (which sample at which row of which step) to batches of pixels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.order import BatchPlan, Slot, slots
+from ldm.data.sources import Example, Source, Stream
+from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
+from ldm.seeds import seed_of
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """image float32 [B, 3, H, W] in [-1, 1]; names of the samples; where each row stands in the global batch."""
+
+    image: Tensor
+    keys: tuple[str, ...]
+    rows: tuple[int, ...]
+    skipped: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> PixelBatch:
+        return PixelBatch(self.image.to(device, non_blocking=True), self.keys, self.rows, self.skipped)
+
+
+class TooManyBadSamples(ValueError):
+    """More unreadable samples than `data.max_bad_fraction` allows; the message counts and names them."""
+
+
+class SkipCounter:
+    """Counts unreadable samples by name and ends the run when their share of the samples seen is too large."""
+
+    def __init__(self, max_fraction: float, grace: int = 100) -> None:
+        self.max_fraction, self.grace = max_fraction, grace
+        self.seen = 0
+        self.names: dict[str, None] = {}
+
+    def add(self, seen: int, skipped: tuple[str, ...]) -> None:
+        """Records one batch.
+
+        Raises:
+            TooManyBadSamples: when the share of bad ones exceeds the limit, judged after `grace` samples.
+        """
+        self.seen += seen
+        self.names.update(dict.fromkeys(skipped))
+        if len(self.names) > self.max_fraction * max(self.seen, self.grace):
+            listed = "; ".join(list(self.names)[:5])
+            raise TooManyBadSamples(
+                f"{len(self.names)} of {self.seen} samples could not be used, more than data.max_bad_fraction "
+                f"{self.max_fraction} allows: {listed}"
+            )
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, crop and flip; the random choices are functions of (seed, epoch, sample)."""
+
+    resolution: int
+    center_crop: bool = True
+    random_flip: bool = False
+    seed: int = 0
+
+    def __call__(self, example: Example, epoch: int, index: int) -> Tensor:
+        rng = random.Random(seed_of(self.seed, "augment", epoch, index))
+        flip = self.random_flip and rng.random() < 0.5
+        return to_tensor(resize_and_crop(example.image, self.resolution, self.center_crop, flip, rng))
+
+
+class SlotDataset(Dataset[dict[str, Any]]):
+    """`dataset[slot]`: the transformed sample; an unreadable one is replaced by its successor and named."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, slot: Slot) -> dict[str, Any]:
+        skipped: list[str] = []
+        for offset in range(len(self.source)):
+            index = (slot.index + offset) % len(self.source)
+            try:
+                example = self.source[index]
+            except BadImage as error:
+                skipped.append(str(error))
+                continue
+            image = self.transform(example, slot.epoch, index)
+            return {"image": image, "key": example.key, "row": slot.row, "skipped": skipped}
+        raise TooManyBadSamples(f"none of the {len(self.source)} samples could be used: {skipped[0]}")
+
+
+def collate(samples: list[dict[str, Any]]) -> PixelBatch:
+    """Stacks the samples of one micro-batch."""
+    return PixelBatch(
+        torch.stack([s["image"] for s in samples]),
+        tuple(s["key"] for s in samples),
+        tuple(s["row"] for s in samples),
+        tuple(name for s in samples for name in s["skipped"]),
+    )
+
+
+def pixel_batches(
+    source: Source, transform: Transform, plan: BatchPlan, seed: int, first_step: int, last_step: int, workers: int = 0
+) -> Iterator[PixelBatch]:
+    """This process's micro-batches for the given optimiser steps, in order, whatever the number of workers."""
+    order = slots(plan, len(source), seed, first_step, last_step)
+    loader = DataLoader(
+        SlotDataset(source, transform),
+        batch_sampler=order,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def stream_batches(
+    stream: Stream, transform: Transform, plan: BatchPlan, first_step: int, last_step: int
+) -> Iterator[PixelBatch]:
+    """The same for a stream: global rows are dealt in the order in which the stream gives readable samples."""
+    wanted = first_step * plan.global_size
+    end = last_step * plan.global_size
+    count, epoch = 0, 0
+    samples: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    mine = {row for micro in range(plan.accumulation) for row in plan.rows(micro)}
+    while count < end:
+        before = count
+        for position, item in stream.examples(epoch):
+            if isinstance(item, BadImage):
+                skipped.append(str(item))
+                continue
+            row = count % plan.global_size
+            count += 1
+            if count > wanted and row in mine:
+                image = transform(item, epoch, position)
+                samples.append({"image": image, "key": item.key, "row": row, "skipped": skipped})
+                skipped = []
+            if len(samples) == plan.size:
+                yield collate(samples)
+                samples = []
+            if count == end:
+                return
+        if count == before:
+            raise TooManyBadSamples(f"none of the samples of {stream.name} could be used: {skipped[:1]}")
+        epoch += 1

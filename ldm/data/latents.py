@@ -1,0 +1,229 @@
+"""The latent cache: a data set encoded once, as posterior moments before scaling, in shards with a manifest.
+
+    latents/manifest.json          what was encoded, with what, how many, and the hash of every shard
+    latents/shard_00000.safetensors  moments [n, 2C, h, w]
+    latents/shard_00000.json         keys and captions of the same n entries
+
+Shards are written to a temporary name and renamed; a killed run goes on with the first missing one. With `random_flip`, every
+picture is followed by its mirror image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.data.batches import SkipCounter
+from ldm.data.sources import Example, Source
+from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
+
+FORMAT = 1
+
+
+class StaleCache(ValueError):
+    """A cache made from other data, settings or weights; the message lists what differs."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What the entries depend on; a cache made with other settings is refused."""
+
+    source: str
+    num_samples: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    autoencoder: str
+    dtype: str
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """moments [B, 2C, h, w]; one caption a row; where each row stands in the global batch."""
+
+    moments: Tensor
+    captions: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+def build_cache(
+    folder: Path,
+    source: Source,
+    settings: CacheSettings,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    shard_size: int,
+    skips: SkipCounter,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Encodes this process's shards that are not there yet.
+
+    Args:
+        encode: pixels [B, 3, H, W] -> moments [B, 2C, h, w].
+        progress: called with the number of pictures just encoded.
+
+    Raises:
+        StaleCache: when the folder holds entries of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, settings)
+    starts = range(0, len(source), shard_size)
+    for number in range(rank, len(starts), world):
+        indices = range(starts[number], min(starts[number] + shard_size, len(source)))
+        if not (folder / f"{_name(number)}.json").exists():
+            _write_shard(folder, number, source, indices, settings, encode, batch_size, skips, progress)
+
+
+def check_settings(folder: Path, settings: CacheSettings) -> None:
+    """Writes `settings.json` into a new folder; compares it in a used one.
+
+    Raises:
+        StaleCache: listing the settings that differ.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        _write_text(path, json.dumps(asdict(settings), indent=1))
+    found = json.loads(path.read_text())
+    wanted = asdict(settings)
+    changed = [f"{k} was {found.get(k)!r}, is now {v!r}" for k, v in wanted.items() if found.get(k) != v]
+    if changed:
+        raise StaleCache(
+            f"The latents in {folder} were made from something else ({'; '.join(changed)}); delete that folder or "
+            "set latents.folder to another one"
+        )
+
+
+def finish_cache(folder: Path, num_shards: int) -> None:
+    """Writes the manifest once every shard is there; call in one process only."""
+    shards = []
+    for number in range(num_shards):
+        entries = json.loads((folder / f"{_name(number)}.json").read_text())
+        shards.append({"name": _name(number), "count": len(entries["keys"]), "sha256": entries["sha256"]})
+    manifest = {"settings": json.loads((folder / "settings.json").read_text()), "shards": shards}
+    _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the manifest, written last, is there."""
+    return (folder / "manifest.json").exists()
+
+
+class LatentCache:
+    """Random access to cached moments and captions; shards are memory-mapped by safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a complete cache.
+
+        Raises:
+            ValueError: naming the shard that is missing or does not hold the promised number of entries.
+        """
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.moments: list[Tensor] = []
+        self.captions: list[list[str]] = []
+        self.keys: list[str] = []
+        for shard in manifest["shards"]:
+            self._open_shard(folder, shard["name"], shard["count"])
+        self.starts = [0]
+        for block in self.moments:
+            self.starts.append(self.starts[-1] + len(block))
+
+    def _open_shard(self, folder: Path, name: str, count: int) -> None:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path} is missing; delete {folder} to encode the data again")
+        with safe_open(path, framework="pt") as file:
+            block = file.get_tensor("moments")
+        if len(block) != count:
+            raise ValueError(f"{path} holds {len(block)} entries, not {count}; delete {folder} to encode again")
+        entries = json.loads((folder / f"{name}.json").read_text())
+        self.moments.append(block)
+        self.captions.extend(entries["captions"])
+        self.keys.extend(entries["keys"])
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def gather(self, indices: Sequence[int]) -> Tensor:
+        """Moments float32 [B, 2C, h, w] of the given entries."""
+        return torch.stack([self._row(i) for i in indices]).float()
+
+    def _row(self, index: int) -> Tensor:
+        shard = min(index // len(self.moments[0]), len(self.moments) - 1)
+        while not self.starts[shard] <= index < self.starts[shard + 1]:
+            shard += 1 if index >= self.starts[shard + 1] else -1
+        return self.moments[shard][index - self.starts[shard]]
+
+
+def _write_shard(
+    folder: Path,
+    number: int,
+    source: Source,
+    indices: range,
+    settings: CacheSettings,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    skips: SkipCounter,
+    progress: Callable[[int], object],
+) -> None:
+    moments: list[Tensor] = []
+    keys: list[str] = []
+    captions: list[tuple[str, ...]] = []
+    for start in range(0, len(indices), batch_size):
+        examples = _readable(source, indices[start : start + batch_size], skips)
+        for example in examples:
+            copies = 2 if settings.random_flip else 1
+            keys.extend([example.key] * copies)
+            captions.extend([example.captions] * copies)
+        if examples:
+            moments.append(encode(_pixels(examples, settings)).to("cpu", getattr(torch, settings.dtype)))
+        progress(len(indices[start : start + batch_size]))
+    path = folder / f"{_name(number)}.safetensors"
+    save_file({"moments": torch.cat(moments)}, path.with_suffix(".tmp"))
+    digest = hashlib.sha256(path.with_suffix(".tmp").read_bytes()).hexdigest()
+    os.replace(path.with_suffix(".tmp"), path)
+    _write_text(path.with_suffix(".json"), json.dumps({"sha256": digest, "keys": keys, "captions": captions}))
+
+
+def _readable(source: Source, indices: range, skips: SkipCounter) -> list[Example]:
+    examples, bad = [], []
+    for index in indices:
+        try:
+            examples.append(source[index])
+        except BadImage as error:
+            bad.append(str(error))
+    skips.add(len(indices), tuple(bad))
+    return examples
+
+
+def _pixels(examples: list[Example], settings: CacheSettings) -> Tensor:
+    images = []
+    for example in examples:
+        image = resize_and_crop(example.image, settings.resolution)
+        images.extend([image, ImageOps.mirror(image)] if settings.random_flip else [image])
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def _name(number: int) -> str:
+    return f"shard_{number:05d}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,63 @@
+"""Which sample stands where: the global order of the data as a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ldm.seeds import generator
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One row of one optimiser step: which sample, in which epoch, at which row of the global batch."""
+
+    step: int
+    row: int
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is dealt to processes and micro-batches.
+
+    Row `r` of the global batch belongs to micro-batch `r // (world * size)` and process `(r // size) % world`, so the set of
+    samples of a step does not change when processes are traded for accumulation.
+    """
+
+    size: int
+    accumulation: int = 1
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def global_size(self) -> int:
+        return self.size * self.accumulation * self.world
+
+    def rows(self, micro: int) -> range:
+        """Rows of the global batch that this process handles in micro-batch `micro`."""
+        start = (micro * self.world + self.rank) * self.size
+        return range(start, start + self.size)
+
+
+def slots(plan: BatchPlan, num_samples: int, seed: int, first_step: int, last_step: int) -> Iterator[list[Slot]]:
+    """One list of slots per micro-batch of this process, for optimiser steps `first_step` to `last_step - 1`."""
+    for step in range(first_step, last_step):
+        for micro in range(plan.accumulation):
+            yield [slot(step, row, plan.global_size, num_samples, seed) for row in plan.rows(micro)]
+
+
+def slot(step: int, row: int, global_size: int, num_samples: int, seed: int) -> Slot:
+    """The sample at `row` of optimiser step `step`; epochs follow one another without a gap."""
+    epoch, position = divmod(step * global_size + row, num_samples)
+    return Slot(step, row, epoch, int(permutation(num_samples, seed, epoch)[position]))
+
+
+@lru_cache(maxsize=2)
+def permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of one epoch: a permutation of range(num_samples)."""
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch))

@@ -1,0 +1,202 @@
+"""Model folders in the diffusers pipeline layout: read, written atomically, found on disk or on the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoder import AutoencoderKL
+from conditioning import ClipTextEncoder
+from ldm.networks import UNet
+from ldm.process import DiffusionConfig
+
+BUNDLED = Path(__file__).parent / "bundled"
+DIFFUSERS_VERSION = "0.30.0"
+
+
+class ModelError(ValueError):
+    """A model that cannot be read; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts of a text-to-image model. `settings` is ldm.json: what diffusers has no field for."""
+
+    vae: AutoencoderKL
+    unet: UNet
+    text_encoder: ClipTextEncoder
+    diffusion: DiffusionConfig
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """A local folder, or a hub id downloaded into the Hugging Face cache (read from it when offline).
+
+    Raises:
+        ModelError: when there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        raise ModelError(f"{name} is not a model folder and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*/*.json", "*/*.safetensors", "*/*.txt"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{name} is not a folder here and cannot be had from the hub: {reason}") from error
+
+
+def read_model(name: str | os.PathLike[str]) -> Model:
+    """Reads a pipeline folder: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if it is there.
+
+    Raises:
+        ModelError: one sentence naming the file and the key at fault.
+    """
+    folder = resolve(name)
+    missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()]
+    if missing:
+        raise ModelError(f"{folder} is not a model folder: it has no {', '.join(missing)}")
+    settings_file = folder / "ldm.json"
+    return Model(
+        read_vae(folder),
+        read_unet(folder),
+        read_text_encoder(folder),
+        read_diffusion(folder),
+        _read_json(settings_file) if settings_file.exists() else {},
+    )
+
+
+def read_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself."""
+    return _explained(AutoencoderKL.from_pretrained, _part(folder, "vae"))
+
+
+def read_unet(folder: Path) -> UNet:
+    """The U-Net of a pipeline folder, or of a folder that is a `unet/` itself."""
+    return _explained(UNet.from_pretrained, _part(folder, "unet")).eval()
+
+
+def read_text_encoder(folder: Path) -> ClipTextEncoder:
+    """The text encoder and tokenizer of a pipeline folder."""
+    return _explained(ClipTextEncoder.from_pretrained, folder / "text_encoder", folder / "tokenizer").eval()
+
+
+def read_diffusion(folder: Path) -> DiffusionConfig:
+    """The diffusion process of a pipeline folder."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return DiffusionConfig.from_dict(_read_json(path))
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def write_model(model: Model, folder: str | os.PathLike[str], card: str, half: bool = False) -> None:
+    """Writes a pipeline folder with `README.md` and `ldm.json`: temporary name, then rename over what was there.
+
+    Args:
+        card: the text of README.md, the model card.
+        half: store weights as float16.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    dtype = torch.float16 if half else torch.float32
+    for name, module in (("vae", model.vae), ("unet", model.unet), ("text_encoder", model.text_encoder.model)):
+        _save_as(module, temporary / name, dtype)
+    model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
+    _write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
+    _write_json(temporary / "model_index.json", _model_index())
+    _write_json(temporary / "ldm.json", dict(model.settings))
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    _replace_folder(temporary, target)
+
+
+def write_vae(vae: AutoencoderKL, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
+    """Writes what stage one produces, `vae/`, `ldm.json` and `README.md`, atomically."""
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    vae.save_pretrained(temporary / "vae")
+    _write_json(temporary / "ldm.json", dict(settings))
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    _replace_folder(temporary, target)
+
+
+def _save_as(module: Any, folder: Path, dtype: torch.dtype) -> None:
+    own = next(module.parameters()).dtype
+    module.to(dtype).save_pretrained(folder)
+    module.to(own)
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _part(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _explained(read: Any, *folders: Path) -> Any:
+    try:
+        return read(*folders)
+    except FileNotFoundError as error:
+        raise ModelError(f"{error.filename or folders[0]} is missing: {folders[0]} is not a complete model") from error
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _model_index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds {type(content).__name__}, not an object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,248 @@
+"""The noise schedule: alpha(t), sigma(t) and log-SNR(t) of the forward process x_t = alpha·x0 + sigma·eps.
+
+Time is the index t = 0 ... T-1 of the trained table, as in Stable Diffusion; index t is step t + 1 of the
+papers, which count from 1. The process is variance preserving: alpha² + sigma² = 1, alpha² = alpha_bar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ldm.process.prediction import PREDICTION_TYPES, PredictionType, check_choice
+from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
+
+ZERO_SNR_ALPHA_BAR = 2.0**-24
+"""Stands in for alpha_bar = 0 where a finite log-SNR is needed; the value that diffusers' solvers use."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A discrete-time variance preserving schedule.
+
+    `alphas_cumprod` is the table of alpha_bar, float64 [T] on the CPU, non-increasing, in [0, 1); only its
+    last entry may be 0 (zero terminal SNR). Raises ValueError for any other table.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.dtype != torch.float64 or table.ndim != 1 or len(table) == 0 or table.device.type != "cpu":
+            raise ValueError(
+                f"alphas_cumprod is {table.dtype} {list(table.shape)} on {table.device}; "
+                "accepted: float64 [T] on cpu"
+            )
+        falls = (table[1:] <= table[:-1]).all()
+        if not (falls and (table < 1).all() and (table[:-1] > 0).all() and table[-1] >= 0):
+            raise ValueError(
+                f"alphas_cumprod runs from {float(table[0])} to {float(table[-1])}; "
+                "accepted: falling within [0, 1), 0 at the end only"
+            )
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
+        """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, section 2) from betas [T] in (0, 1)."""
+        return cls(torch.cumprod(1 - betas.to("cpu", torch.float64), dim=0))
+
+    @classmethod
+    def linear(cls, beta_start: float, beta_end: float, num_train_timesteps: int) -> NoiseSchedule:
+        """betas evenly spaced (Ho et al. 2020, section 4: from 1e-4 to 0.02 in 1000 steps)."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, beta_start: float, beta_end: float, num_train_timesteps: int) -> NoiseSchedule:
+        """Square roots of the betas evenly spaced (Rombach et al. 2022; from 0.00085 to 0.012 there)."""
+        first, last = math.sqrt(beta_start), math.sqrt(beta_end)
+        return cls.from_betas(torch.linspace(first, last, num_train_timesteps, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def cosine(cls, num_train_timesteps: int, max_beta: float = 0.999) -> NoiseSchedule:
+        """alpha_bar = cos²(pi/2·(u + 0.008) / 1.008), beta <= max_beta (Nichol & Dhariwal 2021, eq. 17)."""
+        u = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
+        alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """Alpha shifted and scaled: the last value becomes 0, the first stays (Lin et al. 2024, alg. 1)."""
+        alpha = self.alphas_cumprod.sqrt()
+        return NoiseSchedule(((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, float64 [T] on the CPU."""
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return 1 - self.alphas_cumprod / before
+
+    def alpha_bar(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """alpha_bar at t in [0, T-1], of t's shape and device. Between integers log-SNR is linear in t."""
+        return self._alpha_bar64(t).to(t.device, dtype)
+
+    def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """sqrt(alpha_bar_t), the factor of x0; shape, device and range of t as in `alpha_bar`."""
+        return self._alpha_bar64(t).sqrt().to(t.device, dtype)
+
+    def sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """sqrt(1 - alpha_bar_t), the factor of eps; shape, device and range of t as in `alpha_bar`."""
+        return (1 - self._alpha_bar64(t)).sqrt().to(t.device, dtype)
+
+    def log_snr(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """log(alpha² / sigma²), finite also at zero terminal SNR; shape and device as in `alpha_bar`."""
+        return finite_log_snr(self._alpha_bar64(t)).to(t.device, dtype)
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t [B], each [B, 1, ...] to broadcast over `like` [B, ...], and like it."""
+        alpha_bar = self._alpha_bar64(t).reshape(-1, *[1] * (like.ndim - 1))
+        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+    def alpha_bar_path(self, timesteps: Tensor, final: float) -> Tensor:
+        """alpha_bar at a sampler's timesteps [S], and `final` after the last one: float64 [S + 1] on the CPU.
+
+        Raises ValueError unless `timesteps`, integers or floats, fall strictly within [0, T - 1].
+        """
+        last = self.num_train_timesteps - 1
+        falls = timesteps.ndim == 1 and len(timesteps) > 0 and (timesteps[1:] < timesteps[:-1]).all()
+        if not (falls and timesteps[0] <= last and timesteps[-1] >= 0):
+            raise ValueError(
+                f"timesteps are {timesteps.tolist()}; accepted: falling strictly within [0, {last}]"
+            )
+        return torch.cat([self._alpha_bar64(timesteps), torch.tensor([final], dtype=torch.float64)])
+
+    def _alpha_bar64(self, t: Tensor) -> Tensor:
+        t = t.detach().cpu()
+        if ((t < 0) | (t > self.num_train_timesteps - 1)).any():
+            raise ValueError(f"t is {t.tolist()}; accepted: 0 to {self.num_train_timesteps - 1}")
+        if not t.is_floating_point():
+            return self.alphas_cumprod[t.long()]
+        low = t.double().floor()
+        left = low.long()
+        right = (left + 1).clamp(max=self.num_train_timesteps - 1)
+        table = finite_log_snr(self.alphas_cumprod)
+        between = torch.sigmoid(torch.lerp(table[left], table[right], t.double() - low))
+        return torch.where(t == low, self.alphas_cumprod[left], between)
+
+
+def finite_log_snr(alpha_bar: Tensor) -> Tensor:
+    """log(alpha_bar / (1 - alpha_bar)), with `ZERO_SNR_ALPHA_BAR` in the place of alpha_bar = 0."""
+    return torch.logit(torch.where(alpha_bar == 0, ZERO_SNR_ALPHA_BAR, alpha_bar))
+
+
+_SPACING_OF_CLASS: dict[str, TimestepSpacing] = {
+    "DDIMScheduler": "leading",
+    "DDPMScheduler": "leading",
+    "PNDMScheduler": "leading",
+    "LMSDiscreteScheduler": "linspace",
+    "EulerDiscreteScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "KDPM2AncestralDiscreteScheduler": "linspace",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "DPMSolverSDEScheduler": "linspace",
+    "DEISMultistepScheduler": "linspace",
+    "UniPCMultistepScheduler": "linspace",
+}
+_DDPM_BETAS: dict[str, Any] = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "steps_offset": 0,
+}
+_KARRAS_BETAS: dict[str, Any] = {**_DDPM_BETAS, "beta_start": 0.00085, "beta_end": 0.012}
+_BETAS_OF_CLASS: dict[str, dict[str, Any]] = {
+    "HeunDiscreteScheduler": _KARRAS_BETAS,
+    "KDPM2DiscreteScheduler": _KARRAS_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _KARRAS_BETAS,
+    "DPMSolverSDEScheduler": _KARRAS_BETAS,
+}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process of a model; field names are the keys of diffusers' scheduler_config.json.
+
+    The defaults are those of Stable Diffusion 1.x. "squaredcos_cap_v2" reads neither `beta_start` nor
+    `beta_end`. Raises ValueError for values out of range, and for epsilon prediction at zero terminal SNR,
+    where the noise says nothing about x0 (Lin et al. 2024, section 3.2).
+    """
+
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing = "leading"
+    steps_offset: int = 1
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}; "
+                "accepted: 0 < beta_start <= beta_end < 1"
+            )
+        if self.num_train_timesteps < 1 or self.steps_offset < 0:
+            raise ValueError(
+                f"num_train_timesteps is {self.num_train_timesteps} and steps_offset {self.steps_offset}; "
+                "accepted: at least 1 and at least 0"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type is 'epsilon' with rescale_betas_zero_snr; accepted: v_prediction, sample"
+            )
+
+    def schedule(self) -> NoiseSchedule:
+        """The table that these settings describe."""
+        steps = self.num_train_timesteps
+        match self.beta_schedule:
+            case "linear":
+                schedule = NoiseSchedule.linear(self.beta_start, self.beta_end, steps)
+            case "scaled_linear":
+                schedule = NoiseSchedule.scaled_linear(self.beta_start, self.beta_end, steps)
+            case "squaredcos_cap_v2":
+                schedule = NoiseSchedule.cosine(steps)
+        return schedule.rescale_zero_terminal_snr() if self.rescale_betas_zero_snr else schedule
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> DiffusionConfig:
+        """Read a scheduler_config.json of any discrete-time diffusers scheduler.
+
+        A missing key has the default of the class that `_class_name` names (DDIMScheduler if it is absent).
+        Keys that only choose a solver are not read. Raises ValueError for a class of another process (flow
+        matching, EDM), for `trained_betas`, and for sample clipping or thresholding, which latents do not go
+        through.
+        """
+        name = config.get("_class_name", "DDIMScheduler")
+        check_choice("_class_name", name, tuple(_SPACING_OF_CLASS))
+        for key in ("trained_betas", "clip_sample", "thresholding"):
+            if config.get(key):
+                raise ValueError(f"{key} is {config[key]!r}; accepted: false, null or absent")
+        defaults = {**_BETAS_OF_CLASS.get(name, _DDPM_BETAS), "timestep_spacing": _SPACING_OF_CLASS[name]}
+        return cls(**defaults | {f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scheduler_config.json of a DDIMScheduler of diffusers with this process."""
+        return {
+            "_class_name": "DDIMScheduler",
+            **asdict(self),
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "thresholding": False,
+            "trained_betas": None,
+        }

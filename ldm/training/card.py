@@ -1,0 +1,51 @@
+"""Model cards: the README.md that is written into every model folder."""
+
+from __future__ import annotations
+
+from autoencoder import AutoencoderKL
+from ldm.config import AutoencoderTraining, DataConfig, LdmTraining, dump_config
+
+
+def autoencoder_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float) -> str:
+    """The card of a stage-one model."""
+    factor, channels = vae.downsample_factor, vae.config.latent_channels
+    return f"""# Autoencoder trained with ldm
+
+KL-regularised autoencoder, f{factor}, {channels} latent channels, for {config.data.resolution} px images.
+Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, measured on the training data.
+
+{_data(config.data)}
+
+## Training
+
+{config.training.max_train_steps} steps of {config.training.train_batch_size} images per process with this config:
+
+```yaml
+{dump_config(config)}```
+"""
+
+
+def model_card(config: LdmTraining, settings: dict[str, object]) -> str:
+    """The card of a text-to-image model."""
+    measured = "\n".join(f"- {name}: {value}" for name, value in settings.items() if not isinstance(value, (dict, str)))
+    return f"""# Text-to-image model trained with ldm
+
+Latent diffusion, {config.data.resolution} px. Use it with `ldm-generate --model FOLDER --prompt "..."` or with
+`diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)`.
+
+{measured}
+
+{_data(config.data)}
+
+## Training
+
+{config.training.max_train_steps} steps of {config.training.train_batch_size} images per process with this config:
+
+```yaml
+{dump_config(config)}```
+"""
+
+
+def _data(data: DataConfig) -> str:
+    licence = "Procedurally generated, no rights reserved." if data.source == "shapes" else "State its licence here."
+    return f"## Data\n\n`{data.source}`, split `{data.split}`. {licence}"

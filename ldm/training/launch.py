@@ -1,0 +1,133 @@
+"""What both training scripts do before and around their loops: placement, signals, sizes, the run folder's state."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from ldm.config import ConfigError, TrainingConfig
+from ldm.data.order import BatchPlan
+from ldm.training.run_dir import RunDir
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
+    """The accelerator: devices, precision and accumulation. On CPU everything is computed in fp32, whatever the config says."""
+    keep_heap()
+    precision = config.mixed_precision if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(run.folder),
+        step_scheduler_with_optimizer=False,
+    )
+    set_seed(seed)
+    return accelerator
+
+
+def keep_heap() -> None:
+    """Lets glibc keep freed memory: training otherwise spends much of its time in page faults for activations."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def batch_plan(config: TrainingConfig, accelerator: Accelerator) -> BatchPlan:
+    """How the global batch is dealt to this process."""
+    return BatchPlan(
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+
+
+def mean_over_processes(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A function that averages a tensor over all processes; the identity for a single one."""
+    if accelerator.num_processes == 1:
+        return lambda value: value
+    return lambda value: accelerator.reduce(value, reduction="mean")  # type: ignore[no-any-return]
+
+
+def clip(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips the gradients' total norm to `max_norm` (None: leaves them) and returns the norm from before."""
+    norm = accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+    return torch.as_tensor(norm)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a request to save and leave; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """True in every process once any of them was signalled."""
+        if accelerator.num_processes > 1:
+            flag = torch.tensor([self.number], device=accelerator.device)
+            self.number = int(accelerator.gather(flag).max())
+        return self.number != 0
+
+    def leave(self) -> NoReturn:
+        """Ends the process with the exit code that the signal asks for: 143 or 130."""
+        sys.exit(128 + self.number)
+
+
+def parameter_count(module: nn.Module) -> str:
+    """For instance `1.73 M`."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+
+
+def peak_memory() -> float:
+    """The process' largest resident memory so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def dry_run_report(seconds_per_step: float, steps: int) -> str:
+    """What `--dry-run` says after its trial steps."""
+    memory = f"peak memory so far {peak_memory():.2f} GiB"
+    if torch.cuda.is_available():
+        memory += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return f"{seconds_per_step:.3f} s per step, about {seconds_per_step * steps / 60:.1f} min for {steps} steps; {memory}"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's main function; bad input ends with one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except (ConfigError, ValueError, FloatingPointError) as error:
+        if os.environ.get("LDM_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def tracker_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:
+    """Shows a picture in the trackers that take pictures."""
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")

@@ -1,0 +1,196 @@
+"""The run folder: `config.yaml`, `state/step_000500/`, `export/`, `samples/`, `logs/`, `metrics.jsonl`.
+
+A state is a folder of safetensors and JSON files. It is written under a temporary name, each file flushed to disk and
+hashed, the manifest last, and then renamed; reading checks every hash, so a half-written or damaged state is named and passed
+over and the newest intact one is used. There is no pickle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.config import ConfigError, Launch, differences
+
+State = dict[str, Any]
+
+
+class RunDir:
+    """One training run on disk. Only the main process writes."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.states = self.folder / "state"
+        self.samples = self.folder / "samples"
+        self.logs = self.folder / "logs"
+        self.export = self.folder / "export"
+        self._lock: TextIO | None = None
+
+    def prepare(self, config_yaml: str, launch: Launch) -> None:
+        """Takes the folder's lock, compares its config with this one's, and writes config.yaml.
+
+        Raises:
+            ConfigError: when the folder is used and resuming is refused, is in use by another process, or its config differs.
+        """
+        if launch.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} is not empty and --resume never was given; choose another output_dir")
+        for folder in (self.states, self.samples, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        path = self.folder / "config.yaml"
+        if path.exists() and not launch.allow_config_change:
+            changed = differences(path.read_text(), config_yaml)
+            if changed:
+                raise ConfigError(
+                    f"{self.folder} was started with another config ({'; '.join(changed)}); choose another output_dir, "
+                    "or give --allow-config-change to go on with the new one"
+                )
+        write_text(path, config_yaml)
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{self.folder} is being used by another training process") from error
+
+    def save(self, step: int, state: State, keep: int) -> None:
+        """Writes `state/step_NNNNNN` atomically, then removes all but the newest `keep` states."""
+        target = self.states / f"step_{step:06d}"
+        temporary = self.states / f".tmp_step_{step:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write_state(temporary, state)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync_folder(self.states)
+        for old in self.complete()[:-keep]:
+            shutil.rmtree(old)
+
+    def complete(self) -> list[Path]:
+        """Renamed states, oldest first."""
+        return sorted(p for p in self.states.glob("step_*") if p.is_dir())
+
+    def load_newest(self, warn: Any) -> tuple[int, State] | None:
+        """The newest intact state and its step; damaged ones are named through `warn` and passed over."""
+        for folder in reversed(self.complete()):
+            try:
+                return int(folder.name.removeprefix("step_")), read_state(folder)
+            except DamagedState as error:
+                warn(f"{error}; using an older state")
+        return None
+
+
+class DamagedState(ValueError):
+    """A state whose files are missing or differ from their hashes."""
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Writes a tree of tensors, numbers, strings, lists and dicts as one safetensors and one JSON file per entry."""
+    folder.mkdir(parents=True)
+    hashes: dict[str, str] = {}
+    for name, tree in state.items():
+        tensors: dict[str, Tensor] = {}
+        skeleton = json.dumps(_split(tree, name, tensors))
+        write_text(folder / f"{name}.json", skeleton)
+        save_file(tensors, folder / f"{name}.safetensors")
+        sync_file(folder / f"{name}.safetensors")
+        for file in (f"{name}.json", f"{name}.safetensors"):
+            hashes[file] = file_hash(folder / file)
+    write_text(folder / "manifest.json", json.dumps({"format": 1, "sha256": hashes}, indent=1))
+    sync_folder(folder)
+
+
+def read_state(folder: Path) -> State:
+    """Reads back what `write_state` wrote, after checking every hash.
+
+    Raises:
+        DamagedState: naming the file that is missing or changed.
+    """
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedState(f"{folder}/manifest.json cannot be read") from error
+    for file, expected in hashes.items():
+        if not (folder / file).is_file() or file_hash(folder / file) != expected:
+            raise DamagedState(f"{folder}/{file} is missing or damaged")
+    names = [file.removesuffix(".json") for file in hashes if file.endswith(".json")]
+    return {name: _read_entry(folder, name) for name in names}
+
+
+def _read_entry(folder: Path, name: str) -> Any:
+    return _join(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+
+
+def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(tree, Mapping):
+        return {"items": [[key, _split(value, f"{path}.{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return [_split(value, f"{path}.{i}", tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        return {key: _join(value, tensors) for key, value in tree["items"]}
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    return tree
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_file(path: Path) -> None:
+    """Flushes one file's contents to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 over names and values of a module's weights, the same on every device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()

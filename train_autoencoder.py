@@ -1,0 +1,240 @@
+"""Stage one: train a KL-regularised autoencoder on images.
+
+    accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import torch
+
+from autoencoder import AutoencoderKL, LatentStatistics, fold_into_convolutions
+from ldm.build import (
+    build_autoencoder,
+    build_batches,
+    build_discriminator,
+    build_loss_weights,
+    build_perceptual,
+    build_source,
+    build_transform,
+)
+from ldm.config import AutoencoderTraining, dump_config, parse_command_line
+from ldm.data.batches import SkipCounter
+from ldm.data.pixels import stacked
+from ldm.data.transforms import to_images
+from ldm.evaluation.grid import image_grid
+from ldm.evaluation.reconstruction import mean_psnr, reconstruct
+from ldm.pretrained import write_vae
+from ldm.tasks.autoencoder import AutoencoderTask
+from ldm.training.card import autoencoder_card
+from ldm.training.ema import Ema
+from ldm.training.launch import (
+    StopSignal,
+    batch_plan,
+    clip,
+    dry_run_report,
+    mean_over_processes,
+    parameter_count,
+    place,
+    run_command,
+    tracker_image,
+)
+from ldm.training.log import TrainingLog
+from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
+from ldm.training.run_dir import RunDir
+
+
+def main() -> None:
+    # 1. Config
+    config, launch = parse_command_line(AutoencoderTraining, sys.argv[1:])
+    training, total = config.training, config.training.max_train_steps
+    run = RunDir(config.output_dir)
+    accelerator = place(training, run, config.seed)
+    if accelerator.is_main_process and not launch.dry_run:
+        run.prepare(dump_config(config), launch)
+    accelerator.wait_for_everyone()
+    stop = StopSignal()
+
+    # 2. Parts
+    vae = build_autoencoder(config)
+    vae.set_gradient_checkpointing(training.gradient_checkpointing)
+    discriminator = build_discriminator(config.discriminator, config.seed)
+    perceptual = build_perceptual(config.perceptual)
+    weights = build_loss_weights(config.loss)
+    rate = config.optimizer.learning_rate
+    optimizer = adamw(vae.parameters(), config.optimizer, rate)
+    d_optimizer = adamw(discriminator.parameters(), config.optimizer, rate * config.discriminator.learning_rate_ratio)
+    validation_transform = dataclasses.replace(build_transform(config.data, config.seed), center_crop=True, random_flip=False)
+    validation = stacked(build_source(config.data, config.data.validation_split, config.seed), validation_transform)
+    if accelerator.is_main_process:
+        print(f"autoencoder {parameter_count(vae)}, discriminator {parameter_count(discriminator)} parameters")
+
+    # 3. Placement
+    if training.torch_compile:
+        vae.compile()
+    if perceptual is not None:
+        perceptual.to(accelerator.device)
+    model, wrapped_d, optimizer, d_optimizer = accelerator.prepare(vae, discriminator, optimizer, d_optimizer)
+    ema, guard = Ema(vae, training.ema_decay), NonFiniteGuard()
+    side = config.data.resolution // vae.downsample_factor
+    task = AutoencoderTask(
+        model,
+        wrapped_d,
+        discriminator,
+        perceptual,
+        weights,
+        (vae.config.latent_channels, side, side),
+        config.seed,
+        mean_over_processes(accelerator),
+    )
+    parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
+    first = 0
+    newest = None if launch.dry_run else run.load_newest(accelerator.print)
+    if newest is not None:
+        first, state = newest
+        vae.load_state_dict(state["autoencoder"])
+        discriminator.load_state_dict(state["discriminator"])
+        ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
+        optimizer.load_state_dict(state["optimizer"])
+        d_optimizer.load_state_dict(state["discriminator_optimizer"])
+        accelerator.print(f"resuming {run.folder} at step {first}")
+
+    def save(step: int) -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state = {
+                "autoencoder": vae.state_dict(),
+                "discriminator": discriminator.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "discriminator_optimizer": d_optimizer.state_dict(),
+                "progress": {"step": step, "ema_updates": ema.updates},
+            }
+            run.save(step, state, training.checkpoints_total_limit)
+
+    # 4. Loop
+    plan = batch_plan(training, accelerator)
+    last = min(total, first + 3) if launch.dry_run else total
+    batches = build_batches(config.data, plan, config.seed, first, last)
+    skips = SkipCounter(config.data.max_bad_fraction)
+    if not launch.dry_run:
+        accelerator.init_trackers("logs")
+    log = TrainingLog(accelerator, run.folder, first, total, plan.global_size, quiet=launch.dry_run)
+    started = time.perf_counter()
+    for step in range(first, last):
+        factor = learning_rate(step, total, config.optimizer) / rate
+        set_learning_rate(optimizer, rate * factor)
+        set_learning_rate(d_optimizer, rate * factor * config.discriminator.learning_rate_ratio)
+        adversarial = weights.discriminator_active(step)
+        terms: dict[str, torch.Tensor] = {}
+        for _ in range(training.gradient_accumulation_steps):
+            batch = next(batches).to(accelerator.device)
+            skips.add(len(batch.rows), batch.skipped)
+            with accelerator.accumulate(model, wrapped_d):
+                loss = task.generator_loss(batch, step)
+                accelerator.backward(loss.surrogate)
+                terms |= loss.terms
+                if adversarial:
+                    d_loss, d_terms = task.discriminator_loss(batch, loss.image)
+                    accelerator.backward(d_loss)
+                    terms |= d_terms
+        terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
+        d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else torch.zeros(())
+        if guard.allows(terms["gradient_norm"] + d_norm, f"step {step} ({', '.join(batch.keys[:4])}, ...)"):
+            optimizer.step()
+            if adversarial:
+                d_optimizer.step()
+            ema.update()
+        optimizer.zero_grad()
+        d_optimizer.zero_grad()
+        log.add(terms)
+
+        done = step + 1
+        if launch.dry_run:
+            continue
+        if done % training.logging_steps == 0 or done == total:
+            log.report(done)
+        if done % config.validation.steps == 0 or done == total:
+            if accelerator.is_main_process:
+                validate(vae, ema, validation, config, run, log, done)
+            accelerator.wait_for_everyone()
+        stopping = stop.requested(accelerator)
+        if done % training.checkpointing_steps == 0 or done == total or stopping:
+            save(done)
+        if stopping:
+            stop.leave()
+    if launch.dry_run:
+        print(dump_config(config))
+        print(dry_run_report((time.perf_counter() - started) / max(1, last - first), total))
+        return
+
+    # 5. Export
+    if accelerator.is_main_process:
+        export(vae, ema, validation, config, run)
+        log.say(f"wrote {run.export}; {guard.total} updates skipped, {len(skips.names)} samples unreadable")
+    accelerator.wait_for_everyone()
+    log.close()
+
+
+def validate(
+    vae: AutoencoderKL,
+    ema: Ema,
+    images: torch.Tensor,
+    config: AutoencoderTraining,
+    run: RunDir,
+    log: TrainingLog,
+    step: int,
+) -> None:
+    """PSNR of the averaged weights on the validation images, and a grid of originals above reconstructions."""
+    with ema.applied():
+        batches = [chunk.to(next(vae.parameters()).device) for chunk in images.split(32)]
+        value = mean_psnr(vae, batches)
+        x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
+    grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
+    grid.save(run.samples / f"step_{step:06d}.png")
+    tracker_image(log.accelerator, "reconstructions", grid, step)
+    log.write(step, {"validation_psnr": value})
+    log.say(f"step {step}: validation PSNR {value:.2f} dB")
+
+
+def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
+    """Writes the averaged weights with the latent scale and shift measured on the training data."""
+    source = build_source(config.data, config.data.split, config.seed)
+    transform = build_transform(config.data, config.seed)
+    device = next(vae.parameters()).device
+    with ema.applied(), torch.no_grad():
+        count = min(config.statistics_samples, len(source))
+        chunks = stacked(source, transform, count).split(32)
+        parts = [LatentStatistics.of(vae.moments(chunk.to(device))) for chunk in chunks]
+        statistics = sum(parts[1:], parts[0])
+        value = mean_psnr(vae, [chunk.to(device) for chunk in validation.split(32)])
+        vae.config = dataclasses.replace(vae.config, sample_size=config.data.resolution, **latent_scale(vae, statistics, config))
+        settings = {"validation_psnr": value, "scale_measured_on": count, "training": dump_config(config)}
+        write_vae(vae, run.export, autoencoder_card(config, vae, value), settings)
+
+
+def latent_scale(vae: AutoencoderKL, statistics: LatentStatistics, config: AutoencoderTraining) -> dict[str, Any]:
+    """The scale and shift to write into the model's config: the given ones, or the measured ones.
+
+    The measured channel means are folded into the 1x1 convolutions where there are any, because the diffusers pipeline knows
+    no shift; the scale is then one over the standard deviation around them.
+    """
+    if config.scaling_factor is not None:
+        return {"scaling_factor": config.scaling_factor}
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        return {"scaling_factor": statistics.scale, "shift_factor": statistics.shift}
+    fold_into_convolutions(vae, statistics.channel_mean)
+    std = statistics.channel_std
+    return {
+        "scaling_factor": float(std.square().mean() ** -0.5),
+        "latents_mean": (0.0,) * len(std),
+        "latents_std": tuple(std.tolist()),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
