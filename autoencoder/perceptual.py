@@ -69,14 +69,14 @@ class EfficientNetFeatureDistance(FeatureDistance):
     """Feature distance of an ImageNet EfficientNet-Lite0 whose weights come in a Python package: no download.
 
     Four stages, at 1/2, 1/4, 1/8 and 1/16 of the input, each with weight one. Images whose shorter side is
-    below 96 pixels are doubled first, so that 32-pixel images still have a 4x4 map at the last stage.
+    below 64 pixels are doubled first, so that 32-pixel images still have a 4x4 map at the last stage.
 
     Raises:
         ValueError: the packages are not installed; the sentence says which.
     """
 
     taps = (0, 2, 4, 10)
-    small_side = 96
+    small_side = 64
 
     def __init__(self) -> None:
         super().__init__()

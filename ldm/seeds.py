@@ -24,11 +24,6 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def row_normal(shape: tuple[int, ...], generators: Iterable[torch.Generator]) -> Tensor:
-    """Standard normal noise [B, *shape], each row from its own generator."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
 def row_uniform(generators: Iterable[torch.Generator]) -> Tensor:
     """One uniform number in [0, 1) a row: [B]."""
     return torch.stack([torch.rand((), generator=g) for g in generators])

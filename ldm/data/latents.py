@@ -56,6 +56,9 @@ class LatentBatch:
     captions: tuple[str, ...]
     rows: tuple[int, ...]
 
+    def to(self, device: torch.device) -> LatentBatch:
+        return LatentBatch(self.moments.to(device, non_blocking=True), self.captions, self.rows)
+
 
 def build_cache(
     folder: Path,
@@ -116,6 +119,11 @@ def finish_cache(folder: Path, num_shards: int) -> None:
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
+def shard_count(num_samples: int, shard_size: int) -> int:
+    """How many shards a data set fills."""
+    return -(-num_samples // shard_size)
+
+
 def is_complete(folder: Path) -> bool:
     """True when the manifest, written last, is there."""
     return (folder / "manifest.json").exists()
@@ -124,12 +132,14 @@ def is_complete(folder: Path) -> bool:
 class LatentCache:
     """Random access to cached moments and captions; shards are memory-mapped by safetensors."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: CacheSettings) -> None:
         """Opens a complete cache.
 
         Raises:
+            StaleCache: when it was made with other settings.
             ValueError: naming the shard that is missing or does not hold the promised number of entries.
         """
+        check_settings(folder, settings)
         manifest = json.loads((folder / "manifest.json").read_text())
         self.moments: list[Tensor] = []
         self.captions: list[list[str]] = []

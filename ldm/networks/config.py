@@ -97,7 +97,7 @@ class UNetConfig:
     addition_embed_type: Literal["text_time"] | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     time_cond_proj_dim: int | None = None
 
@@ -165,12 +165,11 @@ class UNetConfig:
 
     def _check_levels(self) -> None:
         levels = len(self.block_out_channels)
+        _require(levels > 0, "`block_out_channels` is (); it must have at least 1 entry")
         for key in _hints():
             value = getattr(self, key)
-            if isinstance(value, tuple) and not 0 < len(value) == levels:
-                raise ValueError(
-                    f"`{key}` is {value!r}, {len(value)} entries; `block_out_channels` has {levels}, at least 1"
-                )
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"`{key}` is {value!r}; `block_out_channels` asks for {levels} entries")
 
     def _check_divisors(self) -> None:
         for channels in self.block_out_channels:
@@ -195,8 +194,8 @@ class UNetConfig:
         for key, needed in needs.items():
             _require(
                 not needed or getattr(self, key) is not None,
-                f"`{key}` is None; `addition_embed_type` {self.addition_embed_type!r} with `class_embed_type` "
-                f"{self.class_embed_type!r} needs an int of at least 1",
+                f"`{key}` is None; `addition_embed_type` {self.addition_embed_type!r} and "
+                f"`class_embed_type` {self.class_embed_type!r} need an int of at least 1",
             )
 
 

@@ -78,11 +78,11 @@ class UNet(nn.Module):
             [B, out_channels, H, W].
 
         Raises:
-            ValueError: when a condition is missing or the network has no place for it.
+            ValueError: when a condition is missing, the network has no place for it or the mask is not bool.
         """
         self._check_conditions(context, pooled, size_ids, class_labels, time_cond)
         emb = self._embed(x, t, pooled, size_ids, class_labels, time_cond)
-        mask = None if context_mask is None else context_mask[:, None, None, :]
+        mask = _attention_mask(context_mask)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:
@@ -117,7 +117,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> UNet:
-        """Reads a diffusers `unet/` folder, strictly: `config.json` and `diffusion_pytorch_model.safetensors`.
+        """Reads a diffusers `unet/` folder strictly: config.json and diffusion_pytorch_model.safetensors.
 
         Raises:
             FileNotFoundError: when one of the files is missing.
@@ -168,8 +168,8 @@ class UNet(nn.Module):
             emb = emb + self.class_embedding(
                 self.waves(class_labels).to(x.dtype) if by_time else class_labels
             )
-        if self.add_embedding is not None:
-            emb = emb + self.add_embedding(pooled, size_ids)
+        if self.add_embedding is not None and pooled is not None:
+            emb = emb + self.add_embedding(pooled.to(x.dtype), size_ids)
         return self.activation(emb)
 
     def _check_conditions(
@@ -200,6 +200,16 @@ def _refuse_given(name: str, value: Tensor | None, accepted: bool) -> None:
         raise ValueError(
             f"`{name}` is a tensor of shape {list(value.shape)}; this U-Net's config accepts None only"
         )
+
+
+def _attention_mask(context_mask: Tensor | None) -> Tensor | None:
+    if context_mask is None:
+        return None
+    if context_mask.dtype != torch.bool:
+        raise ValueError(
+            f"`context_mask` has dtype {context_mask.dtype}; it must be torch.bool, True to attend"
+        )
+    return context_mask[:, None, None, :]
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:
@@ -308,9 +318,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{path} lacks {len(missing)} keys that the config asks for, such as `{missing[0]}`")
+        raise ValueError(f"{path} lacks the key `{missing[0]}` of its config ({len(missing)} missing)")
     if unknown := sorted(state.keys() - expected.keys()):
-        raise ValueError(f"{path} has {len(unknown)} keys that the config does not, such as `{unknown[0]}`")
+        raise ValueError(f"{path} has the key `{unknown[0]}`, unknown to its config ({len(unknown)} unknown)")
     for key, value in expected.items():
         if state[key].shape != value.shape:
             raise ValueError(

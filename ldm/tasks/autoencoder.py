@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from autoencoder import LossWeights, Reconstruction, adaptive_weight, discriminator_loss, generator_loss, last_layer_gradient, nll
 from autoencoder.perceptual import FeatureDistance
 from ldm.data.batches import PixelBatch
-from ldm.seeds import generator, row_normal
+from ldm.sampling import randn_rows
+from ldm.seeds import generator
 
 
 class GeneratorLoss(NamedTuple):
@@ -47,7 +48,7 @@ class AutoencoderTask:
         follows from them by one weight gradient of the last convolution, so the decoder is walked back only once. The
         surrogate <image, gradient> has exactly that gradient. The discriminator's own gradients are left alone.
         """
-        noise = row_normal(self.latent_shape, [generator(self.seed, "latent", step, row) for row in batch.rows])
+        noise = randn_rows((len(batch.rows), *self.latent_shape), [generator(self.seed, "latent", step, row) for row in batch.rows])
         out: Reconstruction = self.model(batch.image, noise.to(batch.image.device))
         leaf = out.image.detach().float().requires_grad_()
         distance = self._distance(leaf, batch.image)

@@ -12,7 +12,8 @@ from conditioning import ClipTextEncoder, drop_captions
 from ldm.data.latents import LatentBatch
 from ldm.networks import UNet
 from ldm.process import Objective
-from ldm.seeds import generator, row_normal, row_uniform
+from ldm.sampling import randn_rows
+from ldm.seeds import generator, row_uniform
 
 
 class ConditionedUNet(nn.Module):
@@ -50,9 +51,9 @@ class TextToImageTask:
         """
         device = batch.moments.device
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]
-        shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-        x0 = self.codec.from_moments(batch.moments, row_normal(shape, rows).to(device))
-        eps = row_normal(shape, rows).to(device)
+        shape = (len(rows), batch.moments.shape[1] // 2, *batch.moments.shape[2:])
+        x0 = self.codec.from_moments(batch.moments, randn_rows(shape, rows).to(device))
+        eps = randn_rows(shape, rows).to(device)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
         noised = self.objective.noise(x0, eps, u)

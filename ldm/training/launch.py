@@ -27,6 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
     """The accelerator: devices, precision and accumulation. On CPU everything is computed in fp32, whatever the config says."""
     keep_heap()
+    use_all_cores()
     precision = config.mixed_precision if torch.cuda.is_available() else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -45,6 +46,13 @@ def keep_heap() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def use_all_cores() -> None:
+    """Shares the cores among the processes of this machine; `accelerate launch` would leave one thread to each."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def batch_plan(config: TrainingConfig, accelerator: Accelerator) -> BatchPlan:

@@ -1,0 +1,200 @@
+"""Text to image: prompt -> condition -> sampler -> decoder -> pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from autoencoder import LatentCodec
+from conditioning import Conditioning
+from ldm.data.transforms import resize_and_crop, to_images, to_tensor
+from ldm.pretrained import BUNDLED, Model, read_model, write_model
+from ldm.process import timesteps as spaced_timesteps
+from ldm.process.posterior import q_sample
+from ldm.process.prediction import Prediction
+from ldm.sampling import SAMPLERS, Callback, Denoiser, guided_denoiser, randn_rows
+
+DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
+
+
+class TextToImage:
+    """A model ready to draw. Image i of a call uses seed + i, so any picture can be made again alone."""
+
+    def __init__(self, model: Model, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
+        """Places the parts; `dtype` None computes in float32 on CPU and float16 on a GPU."""
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self.model = model
+        for part in (model.vae, model.unet, model.text_encoder):
+            part.to(self.device, self.dtype).eval()
+        self.codec = LatentCodec.from_config(model.vae)
+        self.schedule = model.diffusion.schedule()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> TextToImage:
+        """Reads a model folder or hub id; None is the bundled model.
+
+        Raises:
+            ModelError: one sentence naming the file and the key at fault.
+        """
+        return cls(read_model(BUNDLED if name is None else name), device, dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model folder in the diffusers pipeline layout."""
+        write_model(self.model, folder, card="# Text-to-image model, see https://github.com/ldm\n")
+
+    @property
+    def default_size(self) -> int:
+        """Side in pixels of the pictures that the model was trained on."""
+        return int(self.model.unet.config.sample_size or 64) * self.model.vae.downsample_factor
+
+    def setting(self, name: str, value: Any = None) -> Any:
+        """`value`, or the model's own default for it, or the general one."""
+        return value if value is not None else self.model.settings.get(name, DEFAULTS[name])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | None = None,
+        num_images: int = 1,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        *,
+        batch_size: int = 8,
+        init_image: Image.Image | None = None,
+        strength: float = 0.8,
+        mask: Image.Image | None = None,
+        callback: Callback | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Image.Image]:
+        """Draws `num_images` pictures of every prompt, prompt by prompt.
+
+        Args:
+            seed: picture i of the call uses seed + i; its noise is drawn on the CPU from its own generator.
+            latents: initial noise [N, C, h, w], N(0, I), instead of drawn noise.
+            init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
+            mask: with `init_image`, white where to draw anew, black where to keep it.
+            callback: called in every sampling step, see `ldm.sampling`.
+            progress: called with the number of pictures just finished.
+
+        Raises:
+            ValueError: naming the argument that is out of range.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [text for text in prompts for _ in range(num_images)]
+        shape = self._latent_shape(height, width)
+        visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
+        draw = self._sampler(self.setting("sampler", sampler))
+        start = None if init_image is None else self._encode(init_image, shape)
+        keep = None if mask is None else self._keep_mask(mask, shape, start)
+        if latents is not None and latents.shape != (len(texts), *shape):
+            raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[len(texts), *shape]}")
+        images: list[Image.Image] = []
+        for first in range(0, len(texts), batch_size):
+            rows = range(first, min(first + batch_size, len(texts)))
+            rng = [torch.Generator().manual_seed(seed + row) for row in rows]
+            noise = randn_rows((len(rows), *shape), rng) if latents is None else latents[first : first + len(rows)]
+            x = self._start(noise.to(self.device, torch.float32), start, visited)
+            scale = float(self.setting("guidance_scale", guidance_scale))
+            denoise = self._denoiser([texts[row] for row in rows], negative_prompt or "", scale)
+            if keep is not None and start is not None:
+                denoise = self._inpainting(denoise, start, keep)
+            z = draw(denoise, x, self.schedule, visited, rng, callback)
+            images.extend(to_images(self.codec.decode(z.to(self.dtype))))
+            if progress is not None:
+                progress(len(rows))
+        return images
+
+    def _denoiser(self, texts: Sequence[str], negative: str, scale: float) -> Denoiser:
+        encoder = self.model.text_encoder
+        condition = self._kwargs(encoder.encode(encoder.tokenize(texts)))
+        unconditional = self._kwargs(encoder.encode(encoder.tokenize([negative])).repeat_interleave(len(texts)))
+        kind = self.model.diffusion.prediction_type
+        return guided_denoiser(
+            self.model.unet, self.schedule, kind, condition, unconditional, scale, dtype=self.dtype
+        )
+
+    @staticmethod
+    def _kwargs(condition: Conditioning) -> dict[str, Tensor | None]:
+        return {"context": condition.context, "context_mask": condition.context_mask}
+
+    def _inpainting(self, denoise: Denoiser, start: Tensor, keep: Tensor) -> Denoiser:
+        """The same denoiser, certain of the kept part: its x0 there is the given picture's (Song et al. 2021, app. I.2)."""
+
+        def masked(x: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = self.schedule.alpha_sigma(t, like=x)
+            x0 = torch.lerp(denoise(x, t).x0, start.expand_as(x), keep)
+            return Prediction(x0, (x - alpha * x0) / sigma)
+
+        return masked
+
+    def _start(self, noise: Tensor, start: Tensor | None, visited: Tensor) -> Tensor:
+        if start is None:
+            return noise
+        alpha, sigma = self.schedule.alpha_sigma(visited[:1], like=noise)
+        return q_sample(start, noise, alpha, sigma)
+
+    def _timesteps(self, steps: int, strength: float) -> Tensor:
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; it must lie in (0, 1]")
+        diffusion = self.model.diffusion
+        if not 1 <= steps <= diffusion.num_train_timesteps:
+            raise ValueError(f"steps is {steps}; this model accepts 1 to {diffusion.num_train_timesteps}")
+        visited = spaced_timesteps(
+            steps, diffusion.num_train_timesteps, diffusion.timestep_spacing, diffusion.steps_offset
+        )
+        return visited[len(visited) - max(1, round(steps * strength)) :]
+
+    def _sampler(self, name: str) -> Any:
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler is {name!r}; accepted: {', '.join(SAMPLERS)}")
+        return SAMPLERS[name]
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        # every downsampling of the U-Net halves the latent once more
+        factor = self.model.vae.downsample_factor
+        multiple = factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
+        sides = [height or self.default_size, width or self.default_size]
+        for name, side in zip(("height", "width"), sides, strict=True):
+            if side < 1 or side % multiple:
+                raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple} for this model")
+        return self.model.vae.config.latent_channels, sides[0] // factor, sides[1] // factor
+
+    def _encode(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+        factor = self.model.vae.downsample_factor
+        fitted = fit(image, shape[2] * factor, shape[1] * factor)
+        return self.codec.encode(to_tensor(fitted)[None].to(self.device)).float()
+
+    def _keep_mask(self, mask: Image.Image, shape: tuple[int, int, int], start: Tensor | None) -> Tensor:
+        if start is None:
+            raise ValueError("mask needs init_image, the picture whose black part is kept")
+        small = mask.convert("L").resize((shape[2], shape[1]), Image.Resampling.BOX)
+        redraw = (to_tensor(small.convert("RGB"))[:1] + 1) / 2
+        return 1 - redraw[None].to(self.device)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resizes and centre-crops a picture to exactly width x height."""
+    if width == height:
+        return resize_and_crop(image, width)
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    x, y = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((x, y, x + width, y + height))
