@@ -1,0 +1,45 @@
+# make demo          a labelled grid of pictures from the bundled model
+# make test          the whole test suite, as CI runs it
+# make check         linters and type checker
+# make train         both stages on the built-in shapes, as the bundled model was made
+# make train-quick   the same on an easier task in a quarter of an hour
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin
+DONE := $(VENV)/installed
+PROMPTS := docs/demo_prompts.txt
+
+.PHONY: demo test check train train-quick
+.DELETE_ON_ERROR:
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(DONE)
+
+demo: $(DONE)
+	$(RUN)/ldm-generate --prompts-file $(PROMPTS) --seed 1 --grid --output outputs/demo --json > /dev/null
+	@echo
+	@echo "Pictures: outputs/demo/grid.png"
+	@echo "To train the same model from scratch: make train"
+
+test: $(DONE)
+	$(RUN)/python -m pytest
+
+check: $(DONE)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+train: $(DONE)
+	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
+	$(RUN)/accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
+
+train-quick: $(DONE)
+	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/quick-autoencoder.yaml
+	$(RUN)/accelerate launch train_ldm.py --config train_configs/shapes/quick-ldm.yaml
+	$(RUN)/ldm-generate --model runs/shapes/quick-ldm/export --prompts-file docs/quick_prompts.txt --grid \
+		--output outputs/quick --json > /dev/null
+	@echo
+	@echo "Pictures: outputs/quick/grid.png"

@@ -1,0 +1,232 @@
+"""ldm-generate: prompts to PNG files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    from ldm.pipeline import TextToImage
+
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    p = argparse.ArgumentParser(prog="ldm-generate", description="Draw images from prompts.", allow_abbrev=False)
+    p.add_argument("--prompt", "-p", action="append", default=[], help="what to draw; may be given several times")
+    p.add_argument("--prompts-file", "--from-file", metavar="FILE", help="one prompt a line")
+    p.add_argument("--negative-prompt", "-n", default=None, help="what to stay away from")
+    p.add_argument("--model", "-m", default=None, help="model folder or hub id (default: the bundled model)")
+    p.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
+    p.add_argument("--steps", "--num-inference-steps", type=int, default=None)
+    p.add_argument("--guidance-scale", "--cfg-scale", type=float, default=None)
+    p.add_argument("--sampler", "--scheduler", default=None, help=f"one of {', '.join(SAMPLER_NAMES)}")
+    p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i")
+    p.add_argument("--height", type=int, default=None)
+    p.add_argument("--width", type=int, default=None)
+    p.add_argument("--batch-size", type=int, default=8, help="pictures at once; changes speed and memory only")
+    p.add_argument("--init-image", metavar="FILE", help="start from this picture")
+    p.add_argument("--strength", type=float, default=0.8, help="how much of --init-image to redo, in (0, 1]")
+    p.add_argument("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black is kept")
+    p.add_argument("--from-image", metavar="PNG", help="draw again with the settings stored in a PNG made here")
+    p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
+    p.add_argument("--grid", action="store_true", help="also write grid.png with the prompts as labels")
+    p.add_argument("--metadata", choices=("a1111", "none"), default="a1111", help="text chunks in the PNG files")
+    p.add_argument("--device", default=None, help="cpu, cuda, mps (default: the best that is there)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return p
+
+
+def run(argv: Sequence[str]) -> dict[str, Any]:
+    """Draws and writes the pictures; returns what `--json` prints.
+
+    Raises:
+        ValueError: one sentence naming the flag or file at fault.
+    """
+    started = time.perf_counter()
+    args = parser().parse_args(list(argv))
+    args = _repeated(args) if args.from_image else args
+    prompts = _prompts(args)
+    init, mask = _picture(args.init_image, "--init-image"), _picture(args.mask, "--mask")
+    if mask is not None and init is None:
+        raise ValueError("--mask needs --init-image, the picture whose black part is kept")
+    for name in ("num_images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    target = Path(args.output)
+    if target.suffix.lower() == ".png" and len(prompts) * args.num_images > 1:
+        raise ValueError(f"--output {target} is one file, but {len(prompts) * args.num_images} pictures were asked for")
+    pipe = _load(args)
+    loaded = time.perf_counter()
+    for prompt in prompts:
+        cut = pipe.model.text_encoder.tokenizer.truncated(prompt)
+        if cut:
+            print(f"warning: the prompt is longer than the model reads; left out: {cut!r}", file=sys.stderr)
+    images = _draw(pipe, args, prompts, init, mask)
+    drawn = time.perf_counter()
+    texts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    files = _write(pipe, args, texts, images, target)
+    return {
+        "images": [str(f) for f in files],
+        "seconds": {"load": round(loaded - started, 3), "draw": round(drawn - loaded, 3)},
+        "settings": _settings(pipe, args),
+    }
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one sentence on bad input, 130 when interrupted."""
+    try:
+        result = run(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if "--json" in sys.argv:
+        print(json.dumps(result))
+    else:
+        print("\n".join(result["images"]))
+
+
+def _load(args: argparse.Namespace) -> TextToImage:
+    import torch
+
+    from ldm.pipeline import TextToImage
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        placed = torch.device(device)
+        torch.empty(0, device=placed)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return TextToImage.from_pretrained(args.model, placed, getattr(torch, args.dtype) if args.dtype else None)
+
+
+def _draw(
+    pipe: TextToImage, args: argparse.Namespace, prompts: list[str], init: Image.Image | None, mask: Image.Image | None
+) -> list[Image.Image]:
+    from tqdm import tqdm
+
+    with tqdm(total=len(prompts) * args.num_images, unit="image", disable=args.json, leave=False) as bar:
+        return pipe(
+            prompts,
+            negative_prompt=args.negative_prompt,
+            num_images=args.num_images,
+            steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            sampler=args.sampler,
+            seed=args.seed,
+            height=args.height,
+            width=args.width,
+            batch_size=args.batch_size,
+            init_image=init,
+            strength=args.strength,
+            mask=mask,
+            progress=bar.update,
+        )
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file:
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts-file {args.prompts_file} cannot be read: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError('no prompt was given; use --prompt "a red circle" or --prompts-file FILE')
+    return prompts
+
+
+def _picture(path: str | None, flag: str) -> Image.Image | None:
+    if path is None:
+        return None
+    from ldm.data.transforms import BadImage, open_image
+
+    try:
+        return open_image(path, path)
+    except BadImage as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "negative_prompt": args.negative_prompt,
+        "model": args.model,
+        "steps": pipe.setting("num_inference_steps", args.steps),
+        "guidance_scale": pipe.setting("guidance_scale", args.guidance_scale),
+        "sampler": pipe.setting("sampler", args.sampler),
+        "height": args.height or pipe.default_size,
+        "width": args.width or pipe.default_size,
+        "init_image": args.init_image,
+        "strength": args.strength,
+        "mask": args.mask,
+    }
+
+
+def _write(
+    pipe: TextToImage, args: argparse.Namespace, texts: list[str], images: list[Image.Image], target: Path
+) -> list[Path]:
+    single = target.suffix.lower() == ".png"
+    folder = target.parent if single else target
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for index, (text, image) in enumerate(zip(texts, images, strict=True)):
+        seed = args.seed + index
+        files.append(target if single else folder / f"{index:05d}_seed{seed}.png")
+        settings = {"prompt": text, "seed": seed, **_settings(pipe, args)}
+        image.save(files[-1], pnginfo=png_text(settings) if args.metadata == "a1111" else None)
+    if args.grid:
+        from ldm.evaluation.grid import image_grid
+
+        files.append(folder / "grid.png")
+        image_grid(images, labels=texts, min_side=128).save(files[-1])
+    return files
+
+
+def png_text(settings: dict[str, Any]) -> PngInfo:
+    """The settings as text chunks: AUTOMATIC1111's `parameters`, and `ldm`, JSON from which the picture can be made again."""
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    name = SAMPLER_NAMES.get(settings["sampler"], settings["sampler"])
+    lines.append(
+        f"Steps: {settings['steps']}, Sampler: {name}, CFG scale: {settings['guidance_scale']}, "
+        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}"
+    )
+    info = PngInfo()
+    info.add_itxt("parameters", "\n".join(lines))
+    info.add_itxt("ldm", json.dumps(settings))
+    return info
+
+
+def _repeated(args: argparse.Namespace) -> argparse.Namespace:
+    try:
+        with Image.open(args.from_image, formats=("PNG",)) as image:
+            image.load()
+            stored = json.loads(getattr(image, "text", {})["ldm"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"--from-image {args.from_image} is not a PNG made by ldm-generate") from error
+    kept = {k: v for k, v in stored.items() if k not in ("prompt",)}
+    return argparse.Namespace(**{**vars(args), **kept, "prompt": [stored["prompt"]], "prompts_file": None, "num_images": 1})
+
+
+if __name__ == "__main__":
+    main()
