@@ -73,9 +73,7 @@ def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
                 f"`autoencoder.block_out_channels` is {config.autoencoder.block_out_channels}"
             )
         return model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.seed, "autoencoder"))
-        return AutoencoderKL(config.autoencoder)
+    return AutoencoderKL.from_scratch(config.autoencoder, seed_of(config.seed, "autoencoder"))
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:

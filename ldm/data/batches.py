@@ -46,7 +46,7 @@ class SkipCounter:
         """Records one batch.
 
         Raises:
-            TooManyBadSamples: when the share of bad ones exceeds the limit, judged after `grace` samples.
+            TooManyBadSamples: when the share of bad ones exceeds the limit; fewer than `grace` samples count as `grace`.
         """
         self.seen += seen
         self.names.update(dict.fromkeys(skipped))
@@ -121,30 +121,37 @@ def pixel_batches(
 def stream_batches(
     stream: Stream, transform: Transform, plan: BatchPlan, first_step: int, last_step: int
 ) -> Iterator[PixelBatch]:
-    """The same for a stream: global rows are dealt in the order in which the stream gives readable samples."""
-    wanted = first_step * plan.global_size
-    end = last_step * plan.global_size
-    count, epoch = 0, 0
+    """The same for a stream: global rows are dealt in the order in which the stream gives readable samples.
+
+    An unreadable sample is named by the process whose row it would have filled, in the run that reaches it first.
+    """
+    mine = {row for micro in range(plan.accumulation) for row in plan.rows(micro)}
     samples: list[dict[str, Any]] = []
     skipped: list[str] = []
-    mine = {row for micro in range(plan.accumulation) for row in plan.rows(micro)}
+    for count, epoch, position, item in _endless(stream, last_step * plan.global_size):
+        row = count % plan.global_size
+        if count < first_step * plan.global_size or row not in mine:
+            continue
+        if isinstance(item, BadImage):
+            skipped.append(str(item))
+            continue
+        samples.append({"image": transform(item, epoch, position), "key": item.key, "row": row, "skipped": skipped})
+        skipped = []
+        if len(samples) == plan.size:
+            yield collate(samples)
+            samples = []
+
+
+def _endless(stream: Stream, end: int) -> Iterator[tuple[int, int, int, Example | BadImage]]:
+    """(readable samples before it, epoch, position, item), epoch after epoch, until `end` readable ones were given."""
+    count, epoch = 0, 0
     while count < end:
-        before = count
+        before, bad = count, "it is empty"
         for position, item in stream.examples(epoch):
-            if isinstance(item, BadImage):
-                skipped.append(str(item))
-                continue
-            row = count % plan.global_size
-            count += 1
-            if count > wanted and row in mine:
-                image = transform(item, epoch, position)
-                samples.append({"image": image, "key": item.key, "row": row, "skipped": skipped})
-                skipped = []
-            if len(samples) == plan.size:
-                yield collate(samples)
-                samples = []
+            yield count, epoch, position, item
+            count, bad = (count, str(item)) if isinstance(item, BadImage) else (count + 1, bad)
             if count == end:
                 return
         if count == before:
-            raise TooManyBadSamples(f"none of the samples of {stream.name} could be used: {skipped[:1]}")
+            raise TooManyBadSamples(f"none of the samples of {stream.name} could be used: {bad}")
         epoch += 1

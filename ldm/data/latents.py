@@ -4,7 +4,7 @@
     latents/shard_00000.safetensors  moments [n, 2C, h, w]
     latents/shard_00000.json         keys and captions of the same n entries
 
-Shards are written to a temporary name and renamed; a killed run goes on with the first missing one. With `random_flip`, every
+Shards are written to a temporary name, flushed and renamed; a killed run goes on with the first missing one. With `random_flip`, every
 picture is followed by its mirror image.
 """
 
@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def build_cache(
     starts = range(0, len(source), shard_size)
     for number in range(rank, len(starts), world):
         indices = range(starts[number], min(starts[number] + shard_size, len(source)))
-        if not (folder / f"{_name(number)}.json").exists():
+        if not _holds(folder / f"{_name(number)}.json", indices):
             _write_shard(folder, number, source, indices, settings, encode, batch_size, skips, progress)
 
 
@@ -99,8 +101,10 @@ def check_settings(folder: Path, settings: CacheSettings) -> None:
     path = folder / "settings.json"
     if not path.exists():
         _write_text(path, json.dumps(asdict(settings), indent=1))
-    found = json.loads(path.read_text())
-    wanted = asdict(settings)
+    _compare(json.loads(path.read_text()), asdict(settings), folder)
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     changed = [f"{k} was {found.get(k)!r}, is now {v!r}" for k, v in wanted.items() if found.get(k) != v]
     if changed:
         raise StaleCache(
@@ -137,10 +141,10 @@ class LatentCache:
 
         Raises:
             StaleCache: when it was made with other settings.
-            ValueError: naming the shard that is missing or does not hold the promised number of entries.
+            ValueError: naming the shard that is missing, damaged or does not hold the promised number of entries.
         """
-        check_settings(folder, settings)
         manifest = json.loads((folder / "manifest.json").read_text())
+        _compare(manifest["settings"], asdict(settings), folder)
         self.moments: list[Tensor] = []
         self.captions: list[list[str]] = []
         self.keys: list[str] = []
@@ -154,11 +158,14 @@ class LatentCache:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             raise ValueError(f"{path} is missing; delete {folder} to encode the data again")
-        with safe_open(path, framework="pt") as file:
-            block = file.get_tensor("moments")
+        try:
+            with safe_open(path, framework="pt") as file:
+                block = file.get_tensor("moments")
+            entries = json.loads(path.with_suffix(".json").read_text())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); delete {folder} to encode the data again") from error
         if len(block) != count:
             raise ValueError(f"{path} holds {len(block)} entries, not {count}; delete {folder} to encode again")
-        entries = json.loads((folder / f"{name}.json").read_text())
         self.moments.append(block)
         self.captions.extend(entries["captions"])
         self.keys.extend(entries["keys"])
@@ -171,9 +178,7 @@ class LatentCache:
         return torch.stack([self._row(i) for i in indices]).float()
 
     def _row(self, index: int) -> Tensor:
-        shard = min(index // len(self.moments[0]), len(self.moments) - 1)
-        while not self.starts[shard] <= index < self.starts[shard + 1]:
-            shard += 1 if index >= self.starts[shard + 1] else -1
+        shard = bisect_right(self.starts, index) - 1
         return self.moments[shard][index - self.starts[shard]]
 
 
@@ -201,10 +206,14 @@ def _write_shard(
             moments.append(encode(_pixels(examples, settings)).to("cpu", getattr(torch, settings.dtype)))
         progress(len(indices[start : start + batch_size]))
     path = folder / f"{_name(number)}.safetensors"
-    save_file({"moments": torch.cat(moments)}, path.with_suffix(".tmp"))
-    digest = hashlib.sha256(path.with_suffix(".tmp").read_bytes()).hexdigest()
-    os.replace(path.with_suffix(".tmp"), path)
-    _write_text(path.with_suffix(".json"), json.dumps({"sha256": digest, "keys": keys, "captions": captions}))
+    digest = _write_tensor(path, torch.cat(moments) if moments else torch.empty(0))
+    entries = {"range": [indices.start, indices.stop], "sha256": digest, "keys": keys, "captions": captions}
+    _write_text(path.with_suffix(".json"), json.dumps(entries))
+
+
+def _holds(entries: Path, indices: range) -> bool:
+    """Whether a shard is there and was made from these samples; another `shard_size` cuts them differently."""
+    return entries.exists() and json.loads(entries.read_text()).get("range") == [indices.start, indices.stop]
 
 
 def _readable(source: Source, indices: range, skips: SkipCounter) -> list[Example]:
@@ -230,8 +239,18 @@ def _name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
+def _write_tensor(path: Path, moments: Tensor) -> str:
+    temporary = path.with_suffix(".tmp")
+    save_file({"moments": moments}, temporary)
+    with open(temporary, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return digest
+
+
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

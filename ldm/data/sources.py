@@ -6,8 +6,10 @@ every one of them the same face: `len(source)` and `source[i] -> Example`, or it
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,8 @@ def open_source(
     rows = _limit(_load(source, split, columns), max_samples)
     if len(rows) == 0:
         raise ValueError(f"{source} has no examples in its split {split!r}")
-    return RowSource(rows, f"{source}:{split}", _present(rows.column_names, columns, source))
+    found = _present(rows.column_names, columns, source)
+    return RowSource(rows, f"{source}:{split}:{','.join([found.image, *found.captions])}", found)
 
 
 def open_stream(source: str, split: str, columns: Columns, seed: int, shuffle_buffer: int) -> Stream:
@@ -111,7 +114,7 @@ class Stream:
     def __init__(self, source: str, split: str, columns: Columns, seed: int, shuffle_buffer: int) -> None:
         self.name, self.columns, self.seed, self.buffer = f"{source}:{split}", columns, seed, shuffle_buffer
         self.rows = _load(source, split, columns, streaming=True)
-        self.columns = _present(self.rows.column_names or list(next(iter(self.rows))), columns, source)
+        self.columns = _present(self.rows.column_names or list(next(iter(self.rows), {})), columns, source)
 
     def examples(self, epoch: int = 0, shuffle: bool = True) -> Iterator[tuple[int, Example | BadImage]]:
         """Position and example (or the reason why it cannot be used) of every row of one epoch."""
@@ -153,27 +156,38 @@ def _load(source: str, split: str, columns: Columns, streaming: bool = False) ->
     if path.is_dir():
         rows = _load_folder(path, split, columns, streaming)
     elif files and all(f.endswith(".parquet") for f in files):
-        rows = _held_out(_read("parquet", files, streaming), split, streaming)
+        rows = _held_out(_read("parquet", files, columns, streaming), source, split, streaming)
     elif files and all(f.endswith(".tar") for f in files):
-        rows = _held_out(_read("webdataset", files, streaming), split, streaming)
-    elif files or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        rows = _held_out(_read("webdataset", files, columns, streaming), source, split, streaming)
+    elif files or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (".parquet", ".tar"):
         raise ValueError(f"data.source {source!r} is neither a folder nor .parquet or .tar files")
     else:
-        rows = _load_hub(source, split, streaming)
-    return _undecoded(rows, columns)
+        rows = _undecoded(_load_hub(source, split, streaming), columns)
+    return rows
 
 
 def _load_folder(folder: Path, split: str, columns: Columns, streaming: bool) -> Any:
     if (folder / split).is_dir():
         return _load_folder_rows(folder / split, columns, streaming)
+    if (folder / "train").is_dir():
+        raise ValueError(_no_split(folder, split, folder / "train"))
     for suffix, reader in ((".parquet", "parquet"), (".tar", "webdataset")):
         named = sorted(str(f) for f in folder.glob(f"{split}*{suffix}"))
         if named:
-            return _read(reader, named, streaming)
+            return _read(reader, named, columns, streaming)
+        if any(folder.glob(f"train*{suffix}")):
+            raise ValueError(_no_split(folder, split, folder / f"train*{suffix}"))
         files = sorted(str(f) for f in folder.glob(f"*{suffix}"))
         if files:
-            return _held_out(_read(reader, files, streaming), split, streaming)
-    return _held_out(_load_folder_rows(folder, columns, streaming), split, streaming)
+            return _held_out(_read(reader, files, columns, streaming), str(folder), split, streaming)
+    return _held_out(_load_folder_rows(folder, columns, streaming), str(folder), split, streaming)
+
+
+def _no_split(folder: Path, split: str, train: Path) -> str:
+    return (
+        f"{folder} has its split 'train' but no {split!r}; add it, or set data.source to {str(train)!r} to hold out "
+        f"every {HOLDOUT}th example for validation"
+    )
 
 
 def _load_folder_rows(folder: Path, columns: Columns, streaming: bool) -> Any:
@@ -182,38 +196,60 @@ def _load_folder_rows(folder: Path, columns: Columns, streaming: bool) -> Any:
     rows = _metadata_rows(folder, columns) or _sidecar_rows(folder, columns)
     if not rows:
         raise ValueError(f"{folder} has no metadata.jsonl, no metadata.csv and no picture with a .txt file beside it")
-    names = sorted({name for row in rows for name in row})
-    data = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    return data.to_iterable_dataset() if streaming else data
+    found = _present(sorted({name for row in rows for name in row if name}), columns, str(folder))
+    captions = {name: [_texts(row.get(name)) for row in rows] for name in found.captions}
+    data = Dataset.from_dict({found.image: [row[found.image] for row in rows], **captions})
+    return _undecoded(data.to_iterable_dataset() if streaming else data, columns)
 
 
 def _metadata_rows(folder: Path, columns: Columns) -> list[dict[str, Any]]:
-    jsonl, csv = folder / "metadata.jsonl", folder / "metadata.csv"
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     if jsonl.is_file():
-        rows = [json.loads(line) for line in jsonl.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif csv.is_file():
-        rows = list(_read("csv", [str(csv)], streaming=False))
+        lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
+        rows = [_json_row(line, f"{jsonl}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    elif table.is_file():
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
     else:
         return []
-    if any("file_name" not in row for row in rows):
-        raise ValueError(f"{jsonl if jsonl.is_file() else csv} has a row without file_name")
+    if any(not isinstance(row.get("file_name"), str) for row in rows):
+        raise ValueError(f"{jsonl if jsonl.is_file() else table} has a row without file_name")
     return [{**row, columns.image: str(folder / row["file_name"])} for row in rows]
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {row!r}; it must be an object such as {{\"file_name\": ..., \"text\": ...}}")
+    return row
 
 
 def _sidecar_rows(folder: Path, columns: Columns) -> list[dict[str, Any]]:
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     pairs = [(picture, picture.with_suffix(".txt")) for picture in pictures]
     return [
-        {columns.image: str(picture), columns.captions[0]: text.read_text(encoding="utf-8", errors="replace").splitlines()}
+        {
+            columns.image: str(picture),
+            columns.captions[0]: text.read_text(encoding="utf-8-sig", errors="replace").splitlines(),
+        }
         for picture, text in pairs
         if text.is_file()
     ]
 
 
-def _read(reader: str, files: Sequence[str], streaming: bool) -> Any:
+def _read(reader: str, files: Sequence[str], columns: Columns, streaming: bool) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    return load_dataset(reader, data_files=list(files), split="train", streaming=streaming)
+    try:
+        rows = load_dataset(reader, data_files=list(files), split="train", streaming=streaming)
+    except (OSError, ValueError, DatasetsError, tarfile.TarError) as error:
+        names = files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+        raise ValueError(f"{names} cannot be read as {reader}: {_first_line(error)}") from error
+    return _undecoded(rows, columns)
 
 
 def _load_hub(source: str, split: str, streaming: bool) -> Any:
@@ -222,14 +258,29 @@ def _load_hub(source: str, split: str, streaming: bool) -> Any:
     try:
         return load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.source {source!r} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"data.source {source!r} cannot be opened: {_first_line(error)}") from error
 
 
-def _held_out(rows: Any, split: str, streaming: bool) -> Any:
-    validation = split != "train"
-    if streaming:
-        return rows.filter(lambda _, i: (i % HOLDOUT == HOLDOUT - 1) == validation, with_indices=True)
-    return rows.select([i for i in range(len(rows)) if (i % HOLDOUT == HOLDOUT - 1) == validation])
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _held_out(rows: Any, source: str, split: str, streaming: bool) -> Any:
+    """The rows of `split` by their place in the unshuffled order, the same ones with and without streaming."""
+    if split not in ("train", "validation"):
+        raise ValueError(f"{source} has no splits of its own, so data.split is 'train' or 'validation', not {split!r}")
+
+    def chosen(index: int) -> bool:
+        return (index % HOLDOUT == HOLDOUT - 1) == (split == "validation")
+
+    if not streaming:
+        return rows.select([index for index in range(len(rows)) if chosen(index)])
+    from datasets import IterableDataset
+
+    # a generator is one shard: `shuffle` would reorder the files beneath a filter and so move the hold-out
+    return IterableDataset.from_generator(
+        lambda: (row for index, row in enumerate(rows) if chosen(index)), features=rows.features
+    )
 
 
 def _undecoded(rows: Any, columns: Columns) -> Any:

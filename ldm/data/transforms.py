@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -37,7 +37,9 @@ def open_image(data: Any, key: str) -> Image.Image:
         return to_rgb(image)
     except BadImage:
         raise
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError, EOFError) as error:
+    except UnidentifiedImageError as error:
+        raise BadImage(f"{key}: not a {', '.join(FORMATS)} picture") from error
+    except Exception as error:  # what Pillow raises for a damaged file depends on where the damage is
         raise BadImage(f"{key}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 

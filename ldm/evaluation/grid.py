@@ -20,19 +20,21 @@ def image_grid(
 
     Args:
         columns: pictures a row; by default about as many as rows.
-        labels: one text a picture, wrapped to its width.
+        labels: one text a picture, wrapped to its width; None: no labels.
         min_side: pictures smaller than this are enlarged by a whole factor, so that single pixels stay visible.
 
     Raises:
-        ValueError: when there is no picture.
+        ValueError: when there is no picture, or another number of labels than of pictures.
     """
     if not images:
         raise ValueError("a grid needs at least one picture, got none")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels has {len(labels)} entries; there are {len(images)} pictures")
     columns = columns or math.ceil(math.sqrt(len(images)))
     factor = max(1, math.ceil(min_side / images[0].width))
     images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
     width, height = images[0].size
-    wrapped = [textwrap.wrap(label, int(width / GLYPH_WIDTH)) for label in labels or []]
+    wrapped = [textwrap.wrap(label, max(1, int(width / GLYPH_WIDTH))) for label in labels or []]
     caption = LINE_HEIGHT * max((len(lines) for lines in wrapped), default=0)
     rows = math.ceil(len(images) / columns)
     cell = (width + MARGIN, height + caption + MARGIN)

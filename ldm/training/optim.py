@@ -43,11 +43,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The total 2-norm of the gradients, a scalar; non-finite when any gradient is."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 class NonFiniteGuard:
     """Counts updates that were skipped because a loss or gradient was not finite; stops after `limit` in a row."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm.config import ConfigError, Launch, differences
 
 State = dict[str, Any]
+FORMAT = 1
 
 
 class RunDir:
@@ -68,30 +69,42 @@ class RunDir:
         """Writes `state/step_NNNNNN` atomically, then removes all but the newest `keep` states."""
         target = self.states / f"step_{step:06d}"
         temporary = self.states / f".tmp_step_{step:06d}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for abandoned in self.states.glob(".tmp_step_*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         try:
             write_state(temporary, state)
-        except OSError:
+        except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         sync_folder(self.states)
-        for old in self.complete()[:-keep]:
-            shutil.rmtree(old)
+        self._prune(step, keep)
+
+    def _prune(self, step: int, keep: int) -> None:
+        """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would have started from it."""
+        states = self.complete()
+        reached = [folder for folder in states if _step(folder) <= step]
+        for folder in states:
+            if folder not in reached[-keep:]:
+                shutil.rmtree(folder)
 
     def complete(self) -> list[Path]:
         """Renamed states, oldest first."""
-        return sorted(p for p in self.states.glob("step_*") if p.is_dir())
+        return sorted((p for p in self.states.glob("step_*") if p.is_dir()), key=_step)
 
     def load_newest(self, warn: Any) -> tuple[int, State] | None:
         """The newest intact state and its step; damaged ones are named through `warn` and passed over."""
         for folder in reversed(self.complete()):
             try:
-                return int(folder.name.removeprefix("step_")), read_state(folder)
+                return _step(folder), read_state(folder)
             except DamagedState as error:
                 warn(f"{error}; using an older state")
         return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 class DamagedState(ValueError):
@@ -110,7 +123,7 @@ def write_state(folder: Path, state: State) -> None:
         sync_file(folder / f"{name}.safetensors")
         for file in (f"{name}.json", f"{name}.safetensors"):
             hashes[file] = file_hash(folder / file)
-    write_text(folder / "manifest.json", json.dumps({"format": 1, "sha256": hashes}, indent=1))
+    write_text(folder / "manifest.json", json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
     sync_folder(folder)
 
 
@@ -121,9 +134,12 @@ def read_state(folder: Path) -> State:
         DamagedState: naming the file that is missing or changed.
     """
     try:
-        hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        version, hashes = manifest["format"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"{folder}/manifest.json cannot be read") from error
+    if version != FORMAT:
+        raise DamagedState(f"{folder}/manifest.json has format {version!r}, not {FORMAT}")
     for file, expected in hashes.items():
         if not (folder / file).is_file() or file_hash(folder / file) != expected:
             raise DamagedState(f"{folder}/{file} is missing or damaged")
@@ -137,6 +153,7 @@ def _read_entry(folder: Path, name: str) -> Any:
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
+        path = f"{path}#{len(tensors)}" if path in tensors else path
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(tree, Mapping):
