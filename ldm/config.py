@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +21,7 @@ import draccus
 from autoencoder import AutoencoderConfig
 from ldm.networks.config import UNetConfig
 from ldm.process.schedule import DiffusionConfig
+from ldm.sampling import SAMPLERS
 
 T = TypeVar("T")
 
@@ -55,7 +55,9 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _require(self.resolution > 0, f"`data.resolution` is {self.resolution}; it must be at least 1")
+        _require_at_least(self, "data", 1, "resolution", "max_train_samples", "max_validation_samples", "shuffle_buffer")
+        _require_at_least(self, "data", 0, "dataloader_num_workers")
+        _require(len(self.caption_columns) > 0, "`data.caption_columns` is empty; it must name at least one column")
         _require(
             0 <= self.max_bad_fraction <= 1,
             f"`data.max_bad_fraction` is {self.max_bad_fraction}; it must lie in [0, 1]",
@@ -63,6 +65,19 @@ class DataConfig:
         _require(
             self.shapes_per_image in (None, 1, 2),
             f"`data.shapes_per_image` is {self.shapes_per_image}; it must be 1, 2 or null (both)",
+        )
+        _require(
+            self.split != self.validation_split,
+            f"`data.validation_split` is {self.validation_split!r}, the same as `data.split`; they must differ",
+        )
+        _require(
+            not (self.streaming and self.source == "shapes"),
+            "`data.streaming` is true with `data.source` shapes, which are drawn when they are needed; it must be false",
+        )
+        _require(
+            not self.streaming or self.max_train_samples is None,
+            f"`data.max_train_samples` is {self.max_train_samples} with `data.streaming` true; it must be null, a "
+            "stream is read to its end",
         )
 
 
@@ -80,9 +95,11 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _require(
-            self.learning_rate > 0, f"`optimizer.learning_rate` is {self.learning_rate}; it must be positive"
-        )
+        _require_positive(self, "optimizer", "learning_rate", "adam_epsilon", "max_grad_norm")
+        _require_at_least(self, "optimizer", 0, "lr_warmup_steps", "adam_weight_decay")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"`optimizer.{name}` is {value}; it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -102,16 +119,17 @@ class TrainingConfig:
     report_to: str = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name in (
+        _require_at_least(
+            self,
+            "training",
+            1,
             "max_train_steps",
             "train_batch_size",
             "gradient_accumulation_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
             "logging_steps",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"`training.{name}` is {value}; it must be at least 1")
+        )
         _require(
             0 <= self.ema_decay < 1, f"`training.ema_decay` is {self.ema_decay}; it must lie in [0, 1)"
         )
@@ -136,6 +154,9 @@ class AutoencoderLossConfig:
     discriminator_start: int = 50_001
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
 
+    def __post_init__(self) -> None:
+        _require_at_least(self, "loss", 0, "perceptual", "kl", "discriminator", "discriminator_start")
+
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -147,6 +168,10 @@ class DiscriminatorConfig:
     spectral_norm: bool = False
     learning_rate_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        _require_at_least(self, "discriminator", 1, "num_layers", "base_channels")
+        _require_positive(self, "discriminator", "learning_rate_ratio")
+
 
 @dataclass(frozen=True)
 class ReconstructionValidation:
@@ -154,6 +179,9 @@ class ReconstructionValidation:
 
     steps: int = 500
     num_images: int = 16
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "validation", 1, "steps", "num_images")
 
 
 @dataclass(frozen=True)
@@ -166,6 +194,13 @@ class SampleValidation:
     num_inference_steps: int = 25
     guidance_scale: float = 3.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "validation", 1, "steps", "num_inference_steps")
+        _require(
+            self.sampler in SAMPLERS,
+            f"`validation.sampler` is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -204,6 +239,7 @@ class ObjectiveConfig:
     proportion_empty_prompts: float = 0.1
 
     def __post_init__(self) -> None:
+        _require_positive(self, "objective", "snr_gamma")
         _require(
             0 <= self.proportion_empty_prompts <= 1,
             f"`objective.proportion_empty_prompts` is {self.proportion_empty_prompts}; it must lie in [0, 1]",
@@ -218,6 +254,9 @@ class LatentCacheConfig:
     dtype: Literal["float32", "float16"] = "float16"
     batch_size: int = 16
     shard_size: int = 8192
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "latents", 1, "batch_size", "shard_size")
 
 
 @dataclass(frozen=True)
@@ -239,6 +278,8 @@ class AutoencoderTraining:
     validation: ReconstructionValidation = field(default_factory=ReconstructionValidation)
 
     def __post_init__(self) -> None:
+        _require_at_least(self, "", 1, "statistics_samples")
+        _require_positive(self, "", "scaling_factor")
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         _require(
             self.data.resolution % factor == 0,
@@ -264,6 +305,18 @@ class LdmTraining:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: SampleValidation = field(default_factory=SampleValidation)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.center_crop and not self.data.streaming,
+            f"`data.center_crop` is {self.data.center_crop} and `data.streaming` {self.data.streaming}; stage two encodes "
+            "every picture once, so they must be true and false",
+        )
+        steps, trained = self.validation.num_inference_steps, self.diffusion.num_train_timesteps
+        _require(
+            steps <= trained,
+            f"`validation.num_inference_steps` is {steps}; `diffusion.num_train_timesteps` allows at most {trained}",
+        )
 
 
 @dataclass(frozen=True)
@@ -300,14 +353,18 @@ def load_config(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
     if not Path(path).is_file():
         raise ConfigError(f"There is no config file {path}")
     try:
-        return draccus.parse(kind, config_path=path, args=list(overrides), exit_on_error=False)
-    except (draccus.utils.DraccusException, ValueError, argparse.ArgumentError) as error:
-        raise ConfigError(f"{path}: {_explain(kind, error)}") from error
+        tree = _read_yaml(Path(path))
+        for key, text in _pairs(overrides):
+            _override(tree, key, text, kind)
+        return _build(kind, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def dump_config(config: object) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return draccus.dump(config)
+    text: str = draccus.dump(config)
+    return text
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -322,49 +379,162 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_at_least(config: object, section: str, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        key = f"{section}.{name}".lstrip(".")
+        _require(value is None or value >= least, f"`{key}` is {value}; it must be at least {least}")
+
+
+def _require_positive(config: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        key = f"{section}.{name}".lstrip(".")
+        _require(value is None or value > 0, f"`{key}` is {value}; it must be positive")
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _explain(kind: type, error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ValueError) and not isinstance(cause, draccus.utils.DraccusException):
-            return str(cause)
-        cause = cause.__cause__
-    message = str(error).split("\n")[0].rstrip(".")
-    unknown = re.findall(r"(?:fields? |, )`([\w.]+)`|--([\w.]+)", message)
-    hints = [_nearest(kind, left or right) for left, right in unknown]
-    return message + "".join(hint for hint in hints if hint)
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = draccus.cfgparsing.load_config(file, file=path)
+    except (draccus.utils.DraccusException, ValueError) as error:
+        raise ConfigError(f"not a YAML file: {' '.join(str(error.__cause__ or error).split())}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"the file holds {tree!r}; it must hold `key: value` lines")
+    return tree or {}
 
 
-def _nearest(kind: type, key: str) -> str:
-    paths = _key_paths(kind)
-    by_last = {path.rsplit(".", 1)[-1]: path for path in paths}
-    close = difflib.get_close_matches(key, paths, 1) or difflib.get_close_matches(
-        key.rsplit(".", 1)[-1], list(by_last), 1
-    )
-    return f"; did you mean `{by_last.get(close[0], close[0])}`?" if close else ""
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and values of `--key value` and `--key=value`."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r} belongs to no flag; overrides have the form --section.field VALUE")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{flag} needs a value")
+            value = rest.pop(0)
+        pairs.append((flag[2:], value))
+    return pairs
 
 
-def _key_paths(kind: type, prefix: str = "") -> list[str]:
-    paths: list[str] = []
+def _override(tree: dict[str, Any], key: str, text: str, kind: type) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"`{section}` is {tree!r}; it must be a section of keys and values")
+    hint = _keys(kind).get(key)
+    if _accepts(hint, text) and not (text == "null" and _accepts(hint, None)):
+        tree[name] = text
+        return
+    try:
+        tree[name] = draccus.cfgparsing.parse_string(text)
+    except Exception as error:
+        raise ConfigError(f"`{key}` is {text!r}; that is not YAML") from error
+
+
+def _build(kind: type[T], tree: Any, prefix: str = "") -> T:
+    """Checks every key and value of a section, then builds it."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"`{prefix[:-1]}` is {tree!r}; it must be a section of keys and values")
+    hints = _hints(_chosen(kind, tree, prefix))
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"`{key}` is not a key of the config{_nearest(str(name), prefix, hints)}")
+        if value is False and "no" in typing.get_args(hints[name]):
+            tree[name] = value = "no"  # YAML 1.1 takes a bare no for false
+        if dataclasses.is_dataclass(hints[name]):
+            _build(hints[name], value, f"{key}.")
+        elif not _accepts(hints[name], value):
+            raise ConfigError(f"`{key}` is {value!r}; it must be {_described(hints[name])}")
+    try:
+        built: T = draccus.decode(kind, tree)
+        return built
+    except draccus.utils.DraccusException as error:
+        cause = error.__cause__ or error
+        section = f"`{prefix[:-1]}`: " if prefix and not isinstance(cause, ConfigError) else ""
+        raise ConfigError(f"{section}{cause}") from error
+
+
+def _chosen(kind: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass that a section's `type` names, where it names one."""
+    if kind is not TextEncoderConfig:
+        return kind
+    choices = kind.get_known_choices()
+    if tree.get("type") not in choices:
+        found = f"is {tree['type']!r}" if "type" in tree else "is missing"
+        raise ConfigError(f"`{prefix}type` {found}; it must be one of {', '.join(choices)}")
+    return choices[tree["type"]]
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Names and types of a section's keys."""
     hints = typing.get_type_hints(kind)
-    for entry in dataclasses.fields(kind):
-        path = f"{prefix}{entry.name}"
-        paths.append(path)
-        for option in _dataclasses_in(hints[entry.name]):
-            paths.extend(_key_paths(option, f"{path}."))
-    return paths
+    kinds = {"type": str} if issubclass(kind, TextEncoderConfig) else {}
+    return kinds | {entry.name: hints[entry.name] for entry in dataclasses.fields(kind)}
 
 
-def _dataclasses_in(hint: Any) -> list[type]:
+def _keys(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and types of every key, those of all text encoders included."""
+    keys: dict[str, Any] = {}
+    for option in TextEncoderConfig.get_known_choices().values() if kind is TextEncoderConfig else [kind]:
+        for name, hint in _hints(option).items():
+            keys[f"{prefix}{name}"] = hint
+            if dataclasses.is_dataclass(hint):
+                keys |= _keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a value read from YAML is one of the type."""
+    arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return [found for arg in typing.get_args(hint) for found in _dataclasses_in(arg)]
-    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
-        return []
-    if issubclass(hint, draccus.ChoiceRegistry):
-        return list(hint.get_known_choices().values())
-    return [hint]
+        return any(_accepts(argument, value) for argument in arguments)
+    if typing.get_origin(hint) is Literal:
+        return any(value == argument and type(value) is type(argument) for argument in arguments)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_accepts(arguments[0], entry) for entry in value)
+    if hint is float:
+        return isinstance(value, (int, float, str)) and not isinstance(value, bool) and _is_number(value)
+    return type(value) is hint
+
+
+def _is_number(value: int | float | str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _described(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_described(argument) for argument in arguments)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each entry of it {_described(arguments[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def _nearest(name: str, prefix: str, hints: Mapping[str, Any]) -> str:
+    """A hint at the key that was meant: in this section, or else in any section."""
+    elsewhere = {key.rsplit(".", 1)[-1]: key for root in (LdmTraining, AutoencoderTraining) for key in _keys(root)}
+    near, far = difflib.get_close_matches(name, hints, 1), difflib.get_close_matches(name, elsewhere, 1)
+    if near:
+        return f"; did you mean `{prefix}{near[0]}`?"
+    if far and elsewhere[far[0]] != f"{prefix}{name}":
+        return f"; did you mean `{elsewhere[far[0]]}`?"
+    return f"; accepted here: {', '.join(hints)}"

@@ -12,18 +12,25 @@ from torch import Tensor
 
 from autoencoder import LatentCodec
 from conditioning import Conditioning
-from ldm.data.transforms import resize_and_crop, to_images, to_tensor
+from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
 from ldm.pretrained import BUNDLED, Model, read_model, write_model
 from ldm.process import timesteps as spaced_timesteps
 from ldm.process.posterior import q_sample
 from ldm.process.prediction import Prediction
 from ldm.sampling import SAMPLERS, Callback, Denoiser, guided_denoiser, randn_rows
+from ldm.sampling.denoiser import Network
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
+MAX_ROWS, POSITIONS = 8, 512
+"""On the CPU the network runs on so many rows that they have about 512 latent positions together, and on 8 at most."""
 
 
 class TextToImage:
-    """A model ready to draw. Image i of a call uses seed + i, so any picture can be made again alone."""
+    """A model ready to draw. Image i of a call uses seed + i, so any picture can be made again alone.
+
+    On one machine's CPU it is then the same byte for byte, whatever else the call draws; on a GPU kernels are chosen by batch
+    size and a pixel may come out one level off.
+    """
 
     def __init__(self, model: Model, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
         """Places the parts; `dtype` None computes in float32 on CPU and float16 on a GPU."""
@@ -88,6 +95,7 @@ class TextToImage:
         Args:
             seed: picture i of the call uses seed + i; its noise is drawn on the CPU from its own generator.
             latents: initial noise [N, C, h, w], N(0, I), instead of drawn noise.
+            batch_size: pictures at once; changes speed and memory only.
             init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
             mask: with `init_image`, white where to draw anew, black where to keep it.
             callback: called in every sampling step, see `ldm.sampling`.
@@ -96,11 +104,15 @@ class TextToImage:
         Raises:
             ValueError: naming the argument that is out of range.
         """
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         texts = [text for text in prompts for _ in range(num_images)]
         shape = self._latent_shape(height, width)
         visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
         draw = self._sampler(self.setting("sampler", sampler))
+        scale = float(self.setting("guidance_scale", guidance_scale))
         start = None if init_image is None else self._encode(init_image, shape)
         keep = None if mask is None else self._keep_mask(mask, shape, start)
         if latents is not None and latents.shape != (len(texts), *shape):
@@ -108,27 +120,38 @@ class TextToImage:
         images: list[Image.Image] = []
         for first in range(0, len(texts), batch_size):
             rows = range(first, min(first + batch_size, len(texts)))
-            rng = [torch.Generator().manual_seed(seed + row) for row in rows]
+            rng = [_generator(seed + row) for row in rows]
             noise = randn_rows((len(rows), *shape), rng) if latents is None else latents[first : first + len(rows)]
             x = self._start(noise.to(self.device, torch.float32), start, visited)
-            scale = float(self.setting("guidance_scale", guidance_scale))
             denoise = self._denoiser([texts[row] for row in rows], negative_prompt or "", scale)
             if keep is not None and start is not None:
                 denoise = self._inpainting(denoise, start, keep)
             z = draw(denoise, x, self.schedule, visited, rng, callback)
-            images.extend(to_images(self.codec.decode(z.to(self.dtype))))
+            if keep is not None and start is not None:
+                z = torch.lerp(z, start.expand_as(z), keep)
+            for row in z.to(self.dtype).split(1):
+                images.extend(to_images(self.codec.decode(row)))
             if progress is not None:
                 progress(len(rows))
         return images
 
     def _denoiser(self, texts: Sequence[str], negative: str, scale: float) -> Denoiser:
         encoder = self.model.text_encoder
-        condition = self._kwargs(encoder.encode(encoder.tokenize(texts)))
-        unconditional = self._kwargs(encoder.encode(encoder.tokenize([negative])).repeat_interleave(len(texts)))
-        kind = self.model.diffusion.prediction_type
+        condition = Conditioning.cat([encoder.encode(encoder.tokenize([text])) for text in texts])
+        unconditional = encoder.encode(encoder.tokenize([negative])).repeat_interleave(len(texts))
         return guided_denoiser(
-            self.model.unet, self.schedule, kind, condition, unconditional, scale, dtype=self.dtype
+            self._network,
+            self.schedule,
+            self.model.diffusion.prediction_type,
+            self._kwargs(condition),
+            self._kwargs(unconditional),
+            scale,
+            dtype=self.dtype,
         )
+
+    def _network(self, x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
+        rows = max(1, min(MAX_ROWS, POSITIONS // x[0, 0].numel())) if self.device.type == "cpu" else len(x)
+        return in_chunks(self.model.unet, rows)(x, t, **condition)
 
     @staticmethod
     def _kwargs(condition: Conditioning) -> dict[str, Tensor | None]:
@@ -170,7 +193,7 @@ class TextToImage:
         # every downsampling of the U-Net halves the latent once more
         factor = self.model.vae.downsample_factor
         multiple = factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
-        sides = [height or self.default_size, width or self.default_size]
+        sides = [self.default_size if side is None else side for side in (height, width)]
         for name, side in zip(("height", "width"), sides, strict=True):
             if side < 1 or side % multiple:
                 raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple} for this model")
@@ -178,7 +201,7 @@ class TextToImage:
 
     def _encode(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
         factor = self.model.vae.downsample_factor
-        fitted = fit(image, shape[2] * factor, shape[1] * factor)
+        fitted = fit(to_rgb(image), shape[2] * factor, shape[1] * factor)
         return self.codec.encode(to_tensor(fitted)[None].to(self.device)).float()
 
     def _keep_mask(self, mask: Image.Image, shape: tuple[int, int, int], start: Tensor | None) -> Tensor:
@@ -187,6 +210,22 @@ class TextToImage:
         small = mask.convert("L").resize((shape[2], shape[1]), Image.Resampling.BOX)
         redraw = (to_tensor(small.convert("RGB"))[:1] + 1) / 2
         return 1 - redraw[None].to(self.device)
+
+
+def in_chunks(net: Network, rows: int) -> Network:
+    """The same network, run on exactly `rows` rows at a time; the last ones are filled up with copies.
+
+    Kernels are chosen by the shapes of their inputs and sum in another order for another batch size, so that a picture would
+    otherwise depend, in its last bits, on how many others are drawn with it.
+    """
+
+    def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
+        filled = torch.arange(len(x) + -len(x) % rows, device=x.device).clamp(max=len(x) - 1)
+        given = {name: value for name, value in condition.items() if value is not None}
+        chunks = [net(x[i], t[i], **{name: value[i] for name, value in given.items()}) for i in filled.split(rows)]
+        return torch.cat(chunks)[: len(x)]
+
+    return run
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -198,3 +237,9 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     image = image.resize(size, Image.Resampling.LANCZOS)
     x, y = (size[0] - width) // 2, (size[1] - height) // 2
     return image.crop((x, y, x + width, y + height))
+
+
+def _generator(seed: int) -> torch.Generator:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be an integer of 64 bits")
+    return torch.Generator().manual_seed(seed)

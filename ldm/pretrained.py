@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from autoencoder import AutoencoderKL
 from conditioning import ClipTextEncoder
@@ -68,13 +69,15 @@ def read_model(name: str | os.PathLike[str]) -> Model:
     if missing:
         raise ModelError(f"{folder} is not a model folder: it has no {', '.join(missing)}")
     settings_file = folder / "ldm.json"
-    return Model(
+    model = Model(
         read_vae(folder),
         read_unet(folder),
         read_text_encoder(folder),
         read_diffusion(folder),
         _read_json(settings_file) if settings_file.exists() else {},
     )
+    _check_fit(model, folder)
+    return model
 
 
 def read_vae(folder: Path) -> AutoencoderKL:
@@ -164,9 +167,30 @@ def _explained(read: Any, *folders: Path) -> Any:
     try:
         return read(*folders)
     except FileNotFoundError as error:
-        raise ModelError(f"{error.filename or folders[0]} is missing: {folders[0]} is not a complete model") from error
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+        raise ModelError(f"{folders[0].parent} is not a complete model: {_one_line(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = _one_line(error)
+        named = any(str(folder) in reason for folder in folders)
+        raise ModelError(reason if named else f"{' or '.join(map(str, folders))}: {reason}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_fit(model: Model, folder: Path) -> None:
+    unet, latents = model.unet.config, model.vae.config.latent_channels
+    widths = unet.cross_attention_dim
+    for name, value, wanted, source in (
+        ("in_channels", unet.in_channels, latents, "vae's latent_channels"),
+        ("out_channels", unet.out_channels, latents, "vae's latent_channels"),
+        *(
+            ("cross_attention_dim", width, model.text_encoder.model.config.hidden_size, "text_encoder's hidden_size")
+            for width in (widths if isinstance(widths, tuple) else (widths,))
+        ),
+    ):
+        if value != wanted:
+            raise ModelError(f"{folder / 'unet' / 'config.json'}: {name} is {value}, but the {source} is {wanted}")
 
 
 def _model_index() -> dict[str, Any]:

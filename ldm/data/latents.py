@@ -213,7 +213,9 @@ def _write_shard(
 
 def _holds(entries: Path, indices: range) -> bool:
     """Whether a shard is there and was made from these samples; another `shard_size` cuts them differently."""
-    return entries.exists() and json.loads(entries.read_text()).get("range") == [indices.start, indices.stop]
+    if not entries.exists() or not entries.with_suffix(".safetensors").exists():
+        return False
+    return json.loads(entries.read_text()).get("range") == [indices.start, indices.stop]
 
 
 def _readable(source: Source, indices: range, skips: SkipCounter) -> list[Example]:

@@ -91,7 +91,8 @@ class RunDir:
 
     def complete(self) -> list[Path]:
         """Renamed states, oldest first."""
-        return sorted((p for p in self.states.glob("step_*") if p.is_dir()), key=_step)
+        folders = (p for p in self.states.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+        return sorted(folders, key=_step)
 
     def load_newest(self, warn: Any) -> tuple[int, State] | None:
         """The newest intact state and its step; damaged ones are named through `warn` and passed over."""
