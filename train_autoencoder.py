@@ -43,7 +43,7 @@ from ldm.training.launch import (
     run_command,
     tracker_image,
 )
-from ldm.training.log import TrainingLog
+from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
 from ldm.training.run_dir import RunDir
 
@@ -115,6 +115,7 @@ def main() -> None:
                 "progress": {"step": step, "ema_updates": ema.updates},
             }
             run.save(step, state, training.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
 
     # 4. Loop
     plan = batch_plan(training, accelerator)
@@ -130,18 +131,19 @@ def main() -> None:
         set_learning_rate(optimizer, rate * factor)
         set_learning_rate(d_optimizer, rate * factor * config.discriminator.learning_rate_ratio)
         adversarial = weights.discriminator_active(step)
-        terms: dict[str, torch.Tensor] = {}
+        parts: list[dict[str, torch.Tensor]] = []
         for _ in range(training.gradient_accumulation_steps):
             batch = next(batches).to(accelerator.device)
             skips.add(len(batch.rows), batch.skipped)
             with accelerator.accumulate(model, wrapped_d):
                 loss = task.generator_loss(batch, step)
                 accelerator.backward(loss.surrogate)
-                terms |= loss.terms
+                parts.append(loss.terms)
                 if adversarial:
                     d_loss, d_terms = task.discriminator_loss(batch, loss.image)
                     accelerator.backward(d_loss)
-                    terms |= d_terms
+                    parts[-1] |= d_terms
+        terms = averaged(parts)
         terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
         d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else torch.zeros(())
         if guard.allows(terms["gradient_norm"] + d_norm, f"step {step} ({', '.join(batch.keys[:4])}, ...)"):

@@ -13,13 +13,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from autoencoder import AutoencoderKL, LatentCodec
 from ldm.build import build_objective, build_source, build_text_encoder, build_unet
-from ldm.config import LdmTraining, dump_config, parse_command_line
+from ldm.config import DataConfig, LdmTraining, dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
-from ldm.data.latents import CacheSettings, LatentCache, build_cache, finish_cache, is_complete, shard_count
+from ldm.data.latents import (
+    CacheSettings,
+    LatentCache,
+    build_cache,
+    check_settings,
+    finish_cache,
+    is_complete,
+    shard_count,
+)
 from ldm.evaluation.grid import image_grid
 from ldm.pipeline import TextToImage
 from ldm.pretrained import Model, read_vae, resolve, write_model
@@ -35,12 +44,14 @@ from ldm.training.launch import (
     place,
     run_command,
     tracker_image,
+    trial_run,
 )
-from ldm.training.log import TrainingLog
+from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
 from ldm.training.run_dir import RunDir, weights_hash
 
 CAPTIONS_FOR_VOCABULARY = 100_000
+TRIAL_SAMPLES = 64
 
 
 def main() -> None:
@@ -55,9 +66,13 @@ def main() -> None:
     stop = StopSignal()
 
     # 2. Parts
+    data, latents = config.data, Path(config.latents.folder or run.folder / "latents")
+    if launch.dry_run:
+        run = trial_run(accelerator)
+        data, latents = trial_data(config.data), run.folder / "latents"
     vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
     skips = SkipCounter(config.data.max_bad_fraction)
-    cache = encoded_data(config, vae, run, accelerator, skips)
+    cache = encoded_data(dataclasses.replace(config, data=data), vae, latents, accelerator, skips, stop)
     captions = (cache.captions[i][j] for i in range(len(cache)) for j in range(len(cache.captions[i])))
     with accelerator.main_process_first():
         text_encoder = build_text_encoder(
@@ -108,6 +123,7 @@ def main() -> None:
                 "progress": {"step": step, "ema_updates": ema.updates},
             }
             run.save(step, state, training.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
 
     # 4. Loop
     plan = batch_plan(training, accelerator)
@@ -119,11 +135,13 @@ def main() -> None:
     started = time.perf_counter()
     for step in range(first, last):
         set_learning_rate(optimizer, learning_rate(step, total, config.optimizer))
+        parts: list[dict[str, torch.Tensor]] = []
         for _ in range(training.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(model):
-                terms = task.loss(batch.to(accelerator.device), step, plan.global_size)
-                accelerator.backward(terms["loss"])
+                parts.append(task.loss(batch.to(accelerator.device), step, plan.global_size))
+                accelerator.backward(parts[-1]["loss"])
+        terms = averaged(parts)
         terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
         if guard.allows(terms["gradient_norm"], f"step {step}"):
             optimizer.step()
@@ -155,19 +173,26 @@ def main() -> None:
     if accelerator.is_main_process:
         with ema.applied():
             finished = trained_model(config, vae, network)
-            write_model(finished, run.export, model_card(config, dict(finished.settings)))
+            write_model(dataclasses.replace(finished, card=model_card(config, finished.settings)), run.export)
         log.say(f"wrote {run.export}; {guard.total} updates skipped, {len(skips.names)} samples unreadable")
     accelerator.wait_for_everyone()
     log.close()
 
 
+def trial_data(data: DataConfig) -> DataConfig:
+    """Few enough samples for a dry run."""
+    return dataclasses.replace(data, max_train_samples=min(data.max_train_samples or TRIAL_SAMPLES, TRIAL_SAMPLES))
+
+
 def encoded_data(
-    config: LdmTraining, vae: AutoencoderKL, run: RunDir, accelerator: Accelerator, skips: SkipCounter
+    config: LdmTraining,
+    vae: AutoencoderKL,
+    folder: Path,
+    accelerator: Accelerator,
+    skips: SkipCounter,
+    stop: StopSignal,
 ) -> LatentCache:
     """The latent cache of the training data; encoded by all processes together unless a valid one exists."""
-    from tqdm import tqdm
-
-    folder = Path(config.latents.folder or run.folder / "latents")
     source = build_source(config.data, config.data.split, config.seed)
     settings = CacheSettings(
         source=source.name,
@@ -183,12 +208,29 @@ def encoded_data(
         with torch.no_grad():
             return torch.cat([vae.moments(row.to(accelerator.device)).cpu() for row in x.split(config.latents.batch_size)])
 
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():
+        check_settings(folder, settings)
     if not is_complete(folder):
         size, shards = config.latents.shard_size, shard_count(len(source), config.latents.shard_size)
         with tqdm(total=len(source), desc="encoding", disable=not accelerator.is_main_process) as bar:
+
+            def progress(count: int) -> None:
+                bar.update(count)
+                if stop.number:
+                    stop.leave()
+
             build_cache(
-                folder, source, settings, encode, config.latents.batch_size, size, skips,
-                accelerator.process_index, accelerator.num_processes, bar.update,
+                folder,
+                source,
+                settings,
+                encode,
+                config.latents.batch_size,
+                size,
+                skips,
+                accelerator.process_index,
+                accelerator.num_processes,
+                progress,
             )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

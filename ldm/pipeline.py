@@ -56,9 +56,9 @@ class TextToImage:
         """
         return cls(read_model(BUNDLED if name is None else name), device, dtype)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model folder in the diffusers pipeline layout."""
-        write_model(self.model, folder, card="# Text-to-image model, see https://github.com/ldm\n")
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Writes the model folder in the diffusers pipeline layout, its weights in `dtype`."""
+        write_model(self.model, folder, dtype)
 
     @property
     def default_size(self) -> int:

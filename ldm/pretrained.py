@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -28,13 +29,17 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a text-to-image model. `settings` is ldm.json: what diffusers has no field for."""
+    """The parts of a text-to-image model.
+
+    `settings` is ldm.json, what diffusers has no field for; `card` is README.md, the model card.
+    """
 
     vae: AutoencoderKL
     unet: UNet
     text_encoder: ClipTextEncoder
     diffusion: DiffusionConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
@@ -68,13 +73,14 @@ def read_model(name: str | os.PathLike[str]) -> Model:
     missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()]
     if missing:
         raise ModelError(f"{folder} is not a model folder: it has no {', '.join(missing)}")
-    settings_file = folder / "ldm.json"
+    settings_file, card_file = folder / "ldm.json", folder / "README.md"
     model = Model(
         read_vae(folder),
         read_unet(folder),
         read_text_encoder(folder),
         read_diffusion(folder),
         _read_json(settings_file) if settings_file.exists() else {},
+        card_file.read_text(encoding="utf-8") if card_file.exists() else "",
     )
     _check_fit(model, folder)
     return model
@@ -106,25 +112,23 @@ def read_diffusion(folder: Path) -> DiffusionConfig:
         raise ModelError(f"{path}: {error}") from error
 
 
-def write_model(model: Model, folder: str | os.PathLike[str], card: str, half: bool = False) -> None:
+def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
     """Writes a pipeline folder with `README.md` and `ldm.json`: temporary name, then rename over what was there.
 
     Args:
-        card: the text of README.md, the model card.
-        half: store weights as float16.
+        dtype: of the stored weights.
     """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    dtype = torch.float16 if half else torch.float32
     for name, module in (("vae", model.vae), ("unet", model.unet), ("text_encoder", model.text_encoder.model)):
-        _save_as(module, temporary / name, dtype)
+        copy.deepcopy(module).to(dtype).save_pretrained(temporary / name)
     model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
     _write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
     _write_json(temporary / "model_index.json", _model_index())
     _write_json(temporary / "ldm.json", dict(model.settings))
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / "README.md").write_text(model.card, encoding="utf-8")
     _replace_folder(temporary, target)
 
 
@@ -138,12 +142,6 @@ def write_vae(vae: AutoencoderKL, folder: str | os.PathLike[str], card: str, set
     _write_json(temporary / "ldm.json", dict(settings))
     (temporary / "README.md").write_text(card, encoding="utf-8")
     _replace_folder(temporary, target)
-
-
-def _save_as(module: Any, folder: Path, dtype: torch.dtype) -> None:
-    own = next(module.parameters()).dtype
-    module.to(dtype).save_pretrained(folder)
-    module.to(own)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
@@ -179,18 +177,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_fit(model: Model, folder: Path) -> None:
-    unet, latents = model.unet.config, model.vae.config.latent_channels
-    widths = unet.cross_attention_dim
-    for name, value, wanted, source in (
-        ("in_channels", unet.in_channels, latents, "vae's latent_channels"),
-        ("out_channels", unet.out_channels, latents, "vae's latent_channels"),
-        *(
-            ("cross_attention_dim", width, model.text_encoder.model.config.hidden_size, "text_encoder's hidden_size")
-            for width in (widths if isinstance(widths, tuple) else (widths,))
-        ),
-    ):
-        if value != wanted:
-            raise ModelError(f"{folder / 'unet' / 'config.json'}: {name} is {value}, but the {source} is {wanted}")
+    latents = ("vae's latent_channels", model.vae.config.latent_channels)
+    width = ("text_encoder's hidden_size", model.text_encoder.model.config.hidden_size)
+    for key, (source, wanted) in {"in_channels": latents, "out_channels": latents, "cross_attention_dim": width}.items():
+        value = getattr(model.unet.config, key)
+        if set(value if isinstance(value, tuple) else [value]) != {wanted}:
+            raise ModelError(f"{folder / 'unet' / 'config.json'}: {key} is {value}, but the {source} is {wanted}")
 
 
 def _model_index() -> dict[str, Any]:

@@ -23,6 +23,22 @@ SAMPLER_NAMES = {
     "heun": "Heun",
     "dpmpp_2m": "DPM++ 2M",
 }
+STORED_KINDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "seed": (int,),
+    "negative_prompt": (str, type(None)),
+    "model": (str, type(None)),
+    "dtype": (str, type(None)),
+    "steps": (int,),
+    "guidance_scale": (int, float),
+    "sampler": (str,),
+    "height": (int,),
+    "width": (int,),
+    "init_image": (str, type(None)),
+    "strength": (int, float),
+    "mask": (str, type(None)),
+}
+"""What the `ldm` text chunk of a PNG holds."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init-image", metavar="FILE", help="start from this picture")
     p.add_argument("--strength", type=float, default=0.8, help="how much of --init-image to redo, in (0, 1]")
     p.add_argument("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black is kept")
-    p.add_argument("--from-image", metavar="PNG", help="draw again with the settings stored in a PNG made here")
+    p.add_argument("--from-image", metavar="PNG", help="draw again what a PNG made here shows; other flags win over its settings")
     p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
     p.add_argument("--grid", action="store_true", help="also write grid.png with the prompts as labels")
     p.add_argument("--metadata", choices=("a1111", "none"), default="a1111", help="text chunks in the PNG files")
@@ -61,7 +77,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     """
     started = time.perf_counter()
     args = parser().parse_args(list(argv))
-    args = _repeated(args) if args.from_image else args
+    args = _repeated(argv, args.from_image) if args.from_image else args
     prompts = _prompts(args)
     init, mask = _picture(args.init_image, "--init-image"), _picture(args.mask, "--mask")
     if mask is not None and init is None:
@@ -146,7 +162,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts-file {args.prompts_file} cannot be read: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]
@@ -170,11 +186,12 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "negative_prompt": args.negative_prompt,
         "model": args.model,
+        "dtype": args.dtype,
         "steps": pipe.setting("num_inference_steps", args.steps),
         "guidance_scale": pipe.setting("guidance_scale", args.guidance_scale),
         "sampler": pipe.setting("sampler", args.sampler),
-        "height": args.height or pipe.default_size,
-        "width": args.width or pipe.default_size,
+        "height": pipe.default_size if args.height is None else args.height,
+        "width": pipe.default_size if args.width is None else args.width,
         "init_image": args.init_image,
         "strength": args.strength,
         "mask": args.mask,
@@ -217,15 +234,30 @@ def png_text(settings: dict[str, Any]) -> PngInfo:
     return info
 
 
-def _repeated(args: argparse.Namespace) -> argparse.Namespace:
+def _repeated(argv: Sequence[str], png: str) -> argparse.Namespace:
+    """The flags of `argv`, with what the PNG holds in the place of the defaults."""
+    stored = _stored(png)
+    prompt = stored.pop("prompt")
+    p = parser()
+    p.set_defaults(**stored)
+    args = p.parse_args(list(argv))
+    if not args.prompt and not args.prompts_file:
+        args.prompt = [prompt]
+    return args
+
+
+def _stored(png: str) -> dict[str, Any]:
     try:
-        with Image.open(args.from_image, formats=("PNG",)) as image:
+        with Image.open(png, formats=("PNG",)) as image:
             image.load()
-            stored = json.loads(getattr(image, "text", {})["ldm"])
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"--from-image {args.from_image} is not a PNG made by ldm-generate") from error
-    kept = {k: v for k, v in stored.items() if k not in ("prompt",)}
-    return argparse.Namespace(**{**vars(args), **kept, "prompt": [stored["prompt"]], "prompts_file": None, "num_images": 1})
+            found = json.loads(getattr(image, "text", {})["ldm"])
+        stored = {key: found[key] for key in STORED_KINDS}
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"--from-image {png} is not a PNG made by ldm-generate") from error
+    for key, value in stored.items():
+        if not isinstance(value, STORED_KINDS[key]):
+            raise ValueError(f"--from-image {png} holds {key} {value!r}, which ldm-generate does not write")
+    return stored
 
 
 if __name__ == "__main__":

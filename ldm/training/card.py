@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from autoencoder import AutoencoderKL
 from ldm.config import AutoencoderTraining, DataConfig, LdmTraining, dump_config
 
@@ -25,7 +28,7 @@ Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, mea
 """
 
 
-def model_card(config: LdmTraining, settings: dict[str, object]) -> str:
+def model_card(config: LdmTraining, settings: Mapping[str, Any]) -> str:
     """The card of a text-to-image model."""
     measured = "\n".join(f"- {name}: {value}" for name, value in settings.items() if not isinstance(value, (dict, str)))
     return f"""# Text-to-image model trained with ldm

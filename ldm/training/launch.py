@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -14,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainingConfig
@@ -38,6 +41,15 @@ def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
     )
     set_seed(seed)
     return accelerator
+
+
+def trial_run(accelerator: Accelerator) -> RunDir:
+    """A run folder for a dry run, shared by all processes and deleted when the main one ends."""
+    names = [tempfile.mkdtemp(prefix="ldm_dry_run_") if accelerator.is_main_process else ""]
+    broadcast_object_list(names)
+    if accelerator.is_main_process:
+        atexit.register(shutil.rmtree, names[0], ignore_errors=True)
+    return RunDir(names[0])
 
 
 def keep_heap() -> None:
