@@ -2,6 +2,7 @@
 # make test          the whole test suite, as CI runs it
 # make check         linters and type checker
 # make train         both stages on the built-in shapes, as the bundled model was made
+# make bundle        puts the model that `make train` made into the package, as float16
 # make train-quick   the same on an easier task in a quarter of an hour
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin
 DONE := $(VENV)/installed
 PROMPTS := docs/demo_prompts.txt
 
-.PHONY: demo test check train train-quick
+.PHONY: demo test check train train-quick bundle
 .DELETE_ON_ERROR:
 
 $(DONE): pyproject.toml constraints.txt
@@ -43,3 +44,7 @@ train-quick: $(DONE)
 		--output outputs/quick --json > /dev/null
 	@echo
 	@echo "Pictures: outputs/quick/grid.png"
+
+bundle: $(DONE)
+	$(RUN)/python -c 'import torch; from ldm import TextToImage; \
+		TextToImage.from_pretrained("runs/shapes/ldm/export").save_pretrained("ldm/bundled", torch.float16)'

@@ -19,12 +19,11 @@ from ldm.build import (
     build_discriminator,
     build_loss_weights,
     build_perceptual,
-    build_source,
-    build_transform,
+    build_validation,
 )
 from ldm.config import AutoencoderTraining, dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
-from ldm.data.pixels import stacked
+from ldm.data.order import BatchPlan
 from ldm.data.transforms import to_images
 from ldm.evaluation.grid import image_grid
 from ldm.evaluation.reconstruction import mean_psnr, reconstruct
@@ -47,6 +46,8 @@ from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
 from ldm.training.run_dir import RunDir
 
+STATISTICS_BATCH = 32
+
 
 def main() -> None:
     # 1. Config
@@ -68,8 +69,7 @@ def main() -> None:
     rate = config.optimizer.learning_rate
     optimizer = adamw(vae.parameters(), config.optimizer, rate)
     d_optimizer = adamw(discriminator.parameters(), config.optimizer, rate * config.discriminator.learning_rate_ratio)
-    validation_transform = dataclasses.replace(build_transform(config.data, config.seed), center_crop=True, random_flip=False)
-    validation = stacked(build_source(config.data, config.data.validation_split, config.seed), validation_transform)
+    validation = build_validation(config.data, config.seed)
     if accelerator.is_main_process:
         print(f"autoencoder {parameter_count(vae)}, discriminator {parameter_count(discriminator)} parameters")
 
@@ -177,7 +177,7 @@ def main() -> None:
     # 5. Export
     if accelerator.is_main_process:
         export(vae, ema, validation, config, run)
-        log.say(f"wrote {run.export}; {guard.total} updates skipped, {len(skips.names)} samples unreadable")
+        log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()
 
@@ -205,17 +205,15 @@ def validate(
 
 def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
     """Writes the averaged weights with the latent scale and shift measured on the training data."""
-    source = build_source(config.data, config.data.split, config.seed)
-    transform = build_transform(config.data, config.seed)
     device = next(vae.parameters()).device
+    plan = BatchPlan(STATISTICS_BATCH)
+    batches = build_batches(config.data, plan, config.seed, 0, -(-config.statistics_samples // plan.size))
     with ema.applied(), torch.no_grad():
-        count = min(config.statistics_samples, len(source))
-        chunks = stacked(source, transform, count).split(32)
-        parts = [LatentStatistics.of(vae.moments(chunk.to(device))) for chunk in chunks]
+        parts = [LatentStatistics.of(vae.moments(batch.image.to(device))) for batch in batches]
         statistics = sum(parts[1:], parts[0])
         value = mean_psnr(vae, [chunk.to(device) for chunk in validation.split(32)])
         vae.config = dataclasses.replace(vae.config, sample_size=config.data.resolution, **latent_scale(vae, statistics, config))
-        settings = {"validation_psnr": value, "scale_measured_on": count, "training": dump_config(config)}
+        settings = {"validation_psnr": value, "scale_measured_on": len(parts) * plan.size, "training": dump_config(config)}
         write_vae(vae, run.export, autoencoder_card(config, vae, value), settings)
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from autoencoder import AutoencoderKL, LatentCodec
-from ldm.build import build_objective, build_source, build_text_encoder, build_unet
+from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_sampling
 from ldm.config import DataConfig, LdmTraining, dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
@@ -71,6 +71,7 @@ def main() -> None:
         run = trial_run(accelerator)
         data, latents = trial_data(config.data), run.folder / "latents"
     vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
+    check_sampling(config, vae.downsample_factor)
     skips = SkipCounter(config.data.max_bad_fraction)
     cache = encoded_data(dataclasses.replace(config, data=data), vae, latents, accelerator, skips, stop)
     captions = (cache.captions[i][j] for i in range(len(cache)) for j in range(len(cache.captions[i])))
@@ -174,7 +175,7 @@ def main() -> None:
         with ema.applied():
             finished = trained_model(config, vae, network)
             write_model(dataclasses.replace(finished, card=model_card(config, finished.settings)), run.export)
-        log.say(f"wrote {run.export}; {guard.total} updates skipped, {len(skips.names)} samples unreadable")
+        log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,11 @@ class ClipTextConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ClipTextConfig:
-        """Read a `config.json`; keys that do not change the outputs (dropout, versions, ...) are ignored."""
+        """Read a `config.json`; keys that do not change the outputs (dropout, versions, ...) are ignored.
+
+        In the file of a whole CLIPModel the text tower's keys stand under `text_config`.
+        """
+        content = content.get("text_config", content)
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
@@ -238,6 +242,20 @@ class ClipTextModel(nn.Module):
             raise ValueError(f"weights do not fit the CLIP text configuration: {error}") from error
         return model
 
+    def without_last(self, layers: int) -> ClipTextModel:
+        """The same tower less its last `layers` layers: its output is this one's with `skip_layers`.
+
+        Raises:
+            ValueError: no layer would be left.
+        """
+        _require_layers(self.config, layers)
+        config = replace(self.config, num_hidden_layers=self.config.num_hidden_layers - layers)
+        dropped = tuple(
+            f"text_model.encoder.layers.{n}." for n in range(config.num_hidden_layers, self.config.num_hidden_layers)
+        )
+        kept = {n: t for n, t in self.state_dict().items() if not n.startswith((*dropped, "text_projection."))}
+        return ClipTextModel.from_state_dict(config, kept)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors`, which any version of transformers reads."""
         path = Path(folder)
@@ -323,9 +341,12 @@ def canonical_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring the weights of any transformers version to the names used here.
 
     transformers before 5 writes `text_model.*`, 5 writes the same names without that prefix; old files also
-    carry the constant `position_ids`, which is dropped.
+    carry the constant `position_ids`, which is dropped. Of a whole CLIPModel, which is known by its vision tower,
+    only the text tower is kept.
     """
     kept = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+    if any(name.startswith("vision_model.encoder.") for name in kept):
+        kept = {name: tensor for name, tensor in kept.items() if name.startswith("text_model.")}
     prefixes = ("text_model.", "text_projection.")
     return {name if name.startswith(prefixes) else f"text_model.{name}": kept[name] for name in kept}
 

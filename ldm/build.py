@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoencoder import LPIPS, AutoencoderKL, EfficientNetFeatureDistance, LossWeights, PatchDiscriminator
 from autoencoder.perceptual import FeatureDistance
@@ -24,10 +26,13 @@ from ldm.config import (
 )
 from ldm.data.batches import PixelBatch, Transform, pixel_batches, stream_batches
 from ldm.data.order import BatchPlan
+from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, open_source, open_stream
+from ldm.data.transforms import BadImage
 from ldm.networks import UNet
-from ldm.pretrained import read_unet, read_vae, resolve
+from ldm.pretrained import resolve
 from ldm.process import Objective
+from ldm.sampling import SAMPLERS
 from ldm.seeds import generator, seed_of
 
 
@@ -50,6 +55,19 @@ def build_transform(config: DataConfig, seed: int) -> Transform:
     return Transform(config.resolution, config.center_crop, config.random_flip, seed)
 
 
+def build_validation(config: DataConfig, seed: int) -> Tensor:
+    """The validation pictures [N, 3, R, R] in [-1, 1], cut from the middle, at most `max_validation_samples`."""
+    transform = Transform(config.resolution, seed=seed)
+    if not config.streaming:
+        return stacked(build_source(config, config.validation_split, seed), transform)
+    columns = Columns(config.image_column, config.caption_columns)
+    source = config.validation_source or config.source
+    stream = open_stream(source, config.validation_split, columns, seed, config.shuffle_buffer)
+    examples = (item for _, item in stream.examples(shuffle=False) if not isinstance(item, BadImage))
+    limit = config.max_validation_samples
+    return torch.stack([transform(item, 0, i) for i, item in enumerate(itertools.islice(examples, limit))])
+
+
 def build_batches(
     config: DataConfig, plan: BatchPlan, seed: int, first_step: int, last_step: int
 ) -> Iterator[PixelBatch]:
@@ -64,15 +82,7 @@ def build_batches(
 
 
 def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
-    """A new autoencoder, its weights a function of the seed, or the one of `pretrained_model`."""
-    if config.pretrained_model is not None:
-        model = read_vae(resolve(config.pretrained_model))
-        if model.config.block_out_channels != config.autoencoder.block_out_channels:
-            raise ConfigError(
-                f"{config.pretrained_model} has block_out_channels {model.config.block_out_channels}, "
-                f"`autoencoder.block_out_channels` is {config.autoencoder.block_out_channels}"
-            )
-        return model.train()
+    """A new autoencoder, its weights a function of the seed."""
     return AutoencoderKL.from_scratch(config.autoencoder, seed_of(config.seed, "autoencoder"))
 
 
@@ -130,7 +140,8 @@ def build_text_encoder(
             folder = resolve(config.path)
             parts = [folder / "text_encoder", folder / "tokenizer"]
             model, tokenizer = parts if all(p.is_dir() for p in parts) else (folder, folder)
-            return ClipTextEncoder.from_pretrained(model, tokenizer, config.clip_skip, config.trainable)
+            tower = ClipTextModel.from_pretrained(model).without_last(config.clip_skip)
+            return ClipTextEncoder(ClipTokenizer.from_pretrained(tokenizer), tower, trainable=config.trainable)
         case ScratchClip():
             if not (saved_tokenizer / "tokenizer_config.json").exists():
                 ClipTokenizer.train(captions, config.vocab_size, config.max_length).save_pretrained(saved_tokenizer)
@@ -153,7 +164,7 @@ def build_text_encoder(
 
 
 def build_unet(config: LdmTraining, latent_channels: int, context_width: int) -> UNet:
-    """A new U-Net, its weights a function of the seed, or the one of `pretrained_model`.
+    """A new U-Net, its weights a function of the seed.
 
     Raises:
         ConfigError: when its channels do not fit the autoencoder or its context does not fit the text encoder.
@@ -167,9 +178,22 @@ def build_unet(config: LdmTraining, latent_channels: int, context_width: int) ->
         if value != other:
             source = "text encoder's width" if name == "cross_attention_dim" else "autoencoder's latent channels"
             raise ConfigError(f"`unet.{name}` is {value}, but the {source} is {other}")
-    if config.pretrained_model is not None:
-        return read_unet(resolve(config.pretrained_model)).train()
     return UNet.from_scratch(unet, generator(config.seed, "unet"))
+
+
+def check_sampling(config: LdmTraining, downsample_factor: int) -> None:
+    """Refuses, before any training, settings with which the first validation would fail.
+
+    Raises:
+        ConfigError: for an unknown sampler, or a resolution that autoencoder and U-Net cannot halve often enough.
+    """
+    sampler, multiple = config.validation.sampler, downsample_factor * 2 ** (len(config.unet.block_out_channels) - 1)
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"`validation.sampler` is {sampler!r}; accepted: {', '.join(SAMPLERS)}")
+    if config.data.resolution % multiple:
+        raise ConfigError(
+            f"`data.resolution` is {config.data.resolution}; this autoencoder and U-Net need a multiple of {multiple}"
+        )
 
 
 def build_objective(config: LdmTraining) -> Objective:

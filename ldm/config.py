@@ -109,7 +109,7 @@ class TrainingConfig:
     max_train_steps: int = 1000
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     ema_decay: float = 0.999
@@ -265,7 +265,6 @@ class AutoencoderTraining:
 
     output_dir: str
     seed: int = 0
-    pretrained_model: str | None = None
     scaling_factor: float | None = None
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
@@ -295,7 +294,6 @@ class LdmTraining:
     output_dir: str
     autoencoder: str
     seed: int = 0
-    pretrained_model: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ScratchClip)

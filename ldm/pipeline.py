@@ -28,8 +28,8 @@ MAX_ROWS, POSITIONS = 8, 512
 class TextToImage:
     """A model ready to draw. Image i of a call uses seed + i, so any picture can be made again alone.
 
-    On one machine's CPU it is then the same byte for byte, whatever else the call draws; on a GPU kernels are chosen by batch
-    size and a pixel may come out one level off.
+    On one machine's CPU it is then the same byte for byte, whatever else the call draws; on a GPU kernels are chosen by
+    batch size and a pixel may come out one level off.
     """
 
     def __init__(self, model: Model, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
@@ -215,8 +215,8 @@ class TextToImage:
 def in_chunks(net: Network, rows: int) -> Network:
     """The same network, run on exactly `rows` rows at a time; the last ones are filled up with copies.
 
-    Kernels are chosen by the shapes of their inputs and sum in another order for another batch size, so that a picture would
-    otherwise depend, in its last bits, on how many others are drawn with it.
+    Kernels are chosen by the shapes of their inputs and sum in another order for another batch size, so that a picture
+    would otherwise depend, in its last bits, on how many others are drawn with it.
     """
 
     def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:

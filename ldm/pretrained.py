@@ -21,6 +21,16 @@ from ldm.process import DiffusionConfig
 
 BUNDLED = Path(__file__).parent / "bundled"
 DIFFUSERS_VERSION = "0.30.0"
+SETTING_KINDS = {"sampler": str, "num_inference_steps": int, "guidance_scale": float}
+HUB_FILES = [
+    "*.json",
+    "*.txt",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+]
+"""What is downloaded of a hub repository: the parts in the diffusers layout, no variants and no single-file copies."""
 
 
 class ModelError(ValueError):
@@ -56,15 +66,14 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*/*.json", "*/*.safetensors", "*/*.txt"]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{name} is not a folder here and cannot be had from the hub: {reason}") from error
 
 
 def read_model(name: str | os.PathLike[str]) -> Model:
-    """Reads a pipeline folder: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if it is there.
+    """Reads a pipeline folder: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if there.
 
     Raises:
         ModelError: one sentence naming the file and the key at fault.
@@ -73,13 +82,13 @@ def read_model(name: str | os.PathLike[str]) -> Model:
     missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()]
     if missing:
         raise ModelError(f"{folder} is not a model folder: it has no {', '.join(missing)}")
-    settings_file, card_file = folder / "ldm.json", folder / "README.md"
+    card_file = folder / "README.md"
     model = Model(
         read_vae(folder),
         read_unet(folder),
         read_text_encoder(folder),
         read_diffusion(folder),
-        _read_json(settings_file) if settings_file.exists() else {},
+        read_settings(folder),
         card_file.read_text(encoding="utf-8") if card_file.exists() else "",
     )
     _check_fit(model, folder)
@@ -108,8 +117,18 @@ def read_diffusion(folder: Path) -> DiffusionConfig:
         return DiffusionConfig.from_dict(_read_json(path))
     except ModelError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `ldm.json` holds; nothing where there is no such file."""
+    path = folder / "ldm.json"
+    settings = _read_json(path) if path.exists() else {}
+    for key, kind in SETTING_KINDS.items():
+        if not isinstance(settings.get(key, kind()), (kind, int) if kind is float else kind):
+            raise ModelError(f"{path}: {key} is {settings[key]!r}, but it must be of type {kind.__name__}")
+    return settings
 
 
 def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
@@ -179,7 +198,7 @@ def _one_line(error: Exception) -> str:
 def _check_fit(model: Model, folder: Path) -> None:
     latents = ("vae's latent_channels", model.vae.config.latent_channels)
     width = ("text_encoder's hidden_size", model.text_encoder.model.config.hidden_size)
-    for key, (source, wanted) in {"in_channels": latents, "out_channels": latents, "cross_attention_dim": width}.items():
+    for key, (source, wanted) in (("in_channels", latents), ("out_channels", latents), ("cross_attention_dim", width)):
         value = getattr(model.unet.config, key)
         if set(value if isinstance(value, tuple) else [value]) != {wanted}:
             raise ModelError(f"{folder / 'unet' / 'config.json'}: {key} is {value}, but the {source} is {wanted}")

@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default="shapes", help="data source of the reconstruction suite")
     p.add_argument("--split", default="validation", help="split of --data")
     p.add_argument("--resolution", type=int, default=None, help="default: the model's own")
+    p.add_argument("--features", choices=("none", "efficientnet_lite0"), default="none", help="perceptual distance too")
     p.add_argument("--num-samples", type=int, default=500, help="pictures, of each split in the shapes suite")
     p.add_argument("--num-shapes", type=int, choices=(1, 2), default=None, help="shapes suite: scenes of one or two")
     p.add_argument("--steps", type=int, default=None)
@@ -98,6 +99,7 @@ def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
 def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     import torch
 
+    from autoencoder import EfficientNetFeatureDistance
     from ldm.data.batches import Transform
     from ldm.data.pixels import stacked
     from ldm.data.sources import open_source
@@ -111,7 +113,7 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     resolution = args.resolution or vae.config.sample_size
     source = open_source(args.data, args.split, resolution, max_samples=args.num_samples)
     images = stacked(source, Transform(resolution), args.num_samples)
-    pairs = [(x, y) for x, y in reconstruct(vae, (chunk.to(device) for chunk in images.split(32)))]
+    pairs = list(reconstruct(vae, (chunk.to(device) for chunk in images.split(32))))
     x, y = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
     values = psnr(x, y)
     order = values.argsort()
@@ -125,6 +127,9 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
         "psnr_worst": float(values.min()),
         "l1": float((x - y).abs().mean()),
     }
+    if args.features == "efficientnet_lite0":
+        distance = EfficientNetFeatureDistance()
+        metrics["perceptual_efficientnet_lite0"] = float(torch.cat([distance(b.cpu(), a.cpu()) for a, b in pairs]).mean())
     settings = {"model": args.model or "bundled", "data": source.name, "resolution": resolution}
     return {"suite": "reconstruction", "num_samples": len(x), "metrics": metrics, "settings": settings}, grid
 

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init-image", metavar="FILE", help="start from this picture")
     p.add_argument("--strength", type=float, default=0.8, help="how much of --init-image to redo, in (0, 1]")
     p.add_argument("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black is kept")
-    p.add_argument("--from-image", metavar="PNG", help="draw again what a PNG made here shows; other flags win over its settings")
+    p.add_argument("--from-image", metavar="PNG", help="draw a PNG made here again; given flags win over its settings")
     p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
     p.add_argument("--grid", action="store_true", help="also write grid.png with the prompts as labels")
     p.add_argument("--metadata", choices=("a1111", "none"), default="a1111", help="text chunks in the PNG files")
@@ -139,7 +139,7 @@ def _draw(
 ) -> list[Image.Image]:
     from tqdm import tqdm
 
-    with tqdm(total=len(prompts) * args.num_images, unit="image", disable=args.json, leave=False) as bar:
+    with tqdm(total=len(prompts) * args.num_images, unit="image", disable=args.json or None, leave=False) as bar:
         return pipe(
             prompts,
             negative_prompt=args.negative_prompt,

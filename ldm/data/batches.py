@@ -57,6 +57,11 @@ class SkipCounter:
                 f"{self.max_fraction} allows: {listed}"
             )
 
+    def summary(self) -> str:
+        """How many samples could not be used, and each of them on a line of its own."""
+        count = f"{len(self.names)} samples could not be used"
+        return "\n  ".join([count + ":" * bool(self.names), *self.names])
+
 
 @dataclass(frozen=True)
 class Transform:

@@ -141,7 +141,7 @@ class LatentCache:
 
         Raises:
             StaleCache: when it was made with other settings.
-            ValueError: naming the shard that is missing, damaged or does not hold the promised number of entries.
+            ValueError: naming the shard that is missing or damaged.
         """
         manifest = json.loads((folder / "manifest.json").read_text())
         _compare(manifest["settings"], asdict(settings), folder)
@@ -149,12 +149,12 @@ class LatentCache:
         self.captions: list[list[str]] = []
         self.keys: list[str] = []
         for shard in manifest["shards"]:
-            self._open_shard(folder, shard["name"], shard["count"])
+            self._open_shard(folder, shard["name"], shard["count"], shard["sha256"])
         self.starts = [0]
         for block in self.moments:
             self.starts.append(self.starts[-1] + len(block))
 
-    def _open_shard(self, folder: Path, name: str, count: int) -> None:
+    def _open_shard(self, folder: Path, name: str, count: int, sha256: str) -> None:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             raise ValueError(f"{path} is missing; delete {folder} to encode the data again")
@@ -164,8 +164,8 @@ class LatentCache:
             entries = json.loads(path.with_suffix(".json").read_text())
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete {folder} to encode the data again") from error
-        if len(block) != count:
-            raise ValueError(f"{path} holds {len(block)} entries, not {count}; delete {folder} to encode again")
+        if len(block) != count or _file_hash(path) != sha256:
+            raise ValueError(f"{path} is damaged; delete {folder} to encode the data again")
         self.moments.append(block)
         self.captions.extend(entries["captions"])
         self.keys.extend(entries["keys"])
@@ -245,10 +245,15 @@ def _write_tensor(path: Path, moments: Tensor) -> str:
     temporary = path.with_suffix(".tmp")
     save_file({"moments": moments}, temporary)
     with open(temporary, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
+    digest = _file_hash(temporary)
     os.replace(temporary, path)
     return digest
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -61,7 +61,8 @@ def open_source(
 ) -> Source:
     """Opens a map-style source.
 
-    A folder or file without splits of its own gives every 50th example to `validation` and the others to `train`.
+    Data without splits of their own give every 50th example to `validation` (of fewer than 50, the last one) and the others
+    to `train`.
 
     Raises:
         ValueError: naming the source when it does not exist, has no such split or column, or is empty.
@@ -230,6 +231,9 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
 def _sidecar_rows(folder: Path, columns: Columns) -> list[dict[str, Any]]:
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     pairs = [(picture, picture.with_suffix(".txt")) for picture in pictures]
+    alone = [picture for picture, text in pairs if not text.is_file()]
+    if alone and len(alone) < len(pairs):
+        print(f"{folder}: {len(alone)} of {len(pairs)} pictures have no .txt file and are left out, such as {alone[0]}")
     return [
         {
             columns.image: str(picture),
@@ -253,9 +257,11 @@ def _read(reader: str, files: Sequence[str], columns: Columns, streaming: bool) 
 
 
 def _load_hub(source: str, split: str, streaming: bool) -> Any:
-    from datasets import load_dataset
+    from datasets import get_dataset_split_names, load_dataset
 
     try:
+        if split not in get_dataset_split_names(source):
+            return _held_out(load_dataset(source, split="train", streaming=streaming), source, split, streaming)
         return load_dataset(source, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.source {source!r} cannot be opened: {_first_line(error)}") from error
@@ -270,8 +276,10 @@ def _held_out(rows: Any, source: str, split: str, streaming: bool) -> Any:
     if split not in ("train", "validation"):
         raise ValueError(f"{source} has no splits of its own, so data.split is 'train' or 'validation', not {split!r}")
 
+    stride = HOLDOUT if streaming else max(2, min(HOLDOUT, len(rows)))
+
     def chosen(index: int) -> bool:
-        return (index % HOLDOUT == HOLDOUT - 1) == (split == "validation")
+        return (index % stride == stride - 1) == (split == "validation")
 
     if not streaming:
         return rows.select([index for index in range(len(rows)) if chosen(index)])

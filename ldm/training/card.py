@@ -12,10 +12,11 @@ from ldm.config import AutoencoderTraining, DataConfig, LdmTraining, dump_config
 def autoencoder_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float) -> str:
     """The card of a stage-one model."""
     factor, channels = vae.downsample_factor, vae.config.latent_channels
+    origin = "measured on the training data" if config.scaling_factor is None else "given by the config"
     return f"""# Autoencoder trained with ldm
 
 KL-regularised autoencoder, f{factor}, {channels} latent channels, for {config.data.resolution} px images.
-Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, measured on the training data.
+Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, {origin}.
 
 {_data(config.data)}
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, TrainingConfig
@@ -25,19 +26,24 @@ from ldm.data.order import BatchPlan
 from ldm.training.run_dir import RunDir
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+PR_SET_PDEATHSIG = 1
+REPEAT_SECONDS = 2.0
 
 
 def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
     """The accelerator: devices, precision and accumulation. On CPU everything is computed in fp32, whatever the config says."""
     keep_heap()
     use_all_cores()
-    precision = config.mixed_precision if torch.cuda.is_available() else "no"
+    stop_with_parent()
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    precision = config.mixed_precision if on_gpu else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(run.folder),
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(seed)
     return accelerator
@@ -64,7 +70,15 @@ def use_all_cores() -> None:
     """Shares the cores among the processes of this machine; `accelerate launch` would leave one thread to each."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+
+
+def stop_with_parent() -> None:
+    """Asks Linux for a SIGTERM when the launcher dies, so that no run is left training with nobody's hand on it."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def batch_plan(config: TrainingConfig, accelerator: Accelerator) -> BatchPlan:
@@ -91,17 +105,21 @@ def clip(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: flo
 
 
 class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a request to save and leave; the second one ends the process at once."""
+    """Turns the first SIGTERM or Ctrl-C into a request to save and leave; the second one ends the process at once.
+
+    A launcher passes on what the terminal has already sent, so what follows within two seconds is the same signal.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number and time.monotonic() - self.since > REPEAT_SECONDS:
             os._exit(128 + number)
-        self.number = number
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
 
     def requested(self, accelerator: Accelerator) -> bool:
         """True in every process once any of them was signalled."""
@@ -137,9 +155,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; bad input ends with one sentence on stderr and exit code 2."""
     try:
         main()
-    except (ConfigError, ValueError, FloatingPointError) as error:
-        if os.environ.get("LDM_TRACEBACK"):
-            raise
+    except (ConfigError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
@@ -149,5 +165,7 @@ def tracker_image(accelerator: Accelerator, name: str, image: Any, step: int) ->
     import numpy as np
 
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
+        if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: [np.asarray(image)]}, step=step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -56,12 +57,13 @@ class TrainingLog:
         return means
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes values as they are, for instance those of a validation."""
+        """Writes values as they are, for instance those of a validation; what is not finite as null."""
         if not self.accelerator.is_main_process:
             return
         self.accelerator.log(dict(values), step=step)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def _reduced(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -85,7 +87,7 @@ def averaged(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drops from a metrics file what a killed run wrote after the state that the next one starts from, and a torn last line."""
+    """Drops from a metrics file what was written after the state that a run starts from, and a torn last line."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -222,3 +222,29 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         ClipTextModel.from_pretrained(tmp_path)
+
+
+def test_the_text_tower_of_a_whole_clip_model_is_read(tmp_path: Path) -> None:
+    text = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "max_position_embeddings": 12, "bos_token_id": 97, "eos_token_id": 98}
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    theirs = transformers.CLIPModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = ClipTextModel.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[97, 5, 6, 98, 98], [97, 8, 98, 98, 98]])
+    with torch.no_grad():
+        expected = theirs.text_model(input_ids=ids)
+        hidden, pooled = ours(ids)
+    torch.testing.assert_close(hidden, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_dropping_the_last_layers_is_skipping_them() -> None:
+    model = ClipTextModel.from_scratch(BASE, torch.Generator().manual_seed(0), with_projection=True)
+    ids = torch.tensor([[1, 5, 6, 2, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.without_last(1)(ids)[0], model(ids, skip_layers=1)[0])
+    with pytest.raises(ValueError, match="skip_layers"):
+        model.without_last(BASE.num_hidden_layers)

@@ -32,9 +32,10 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that ends after its header: nothing of the picture is there to decode."""
+    """A PNG that ends where its picture data would begin: there is nothing to decode."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1000) + b"IDAT"
 
 
 def test_alpha_is_composited_on_white() -> None:
@@ -127,6 +128,7 @@ def test_a_picture_comes_from_path_bytes_dict_or_pil(tmp_path: Path) -> None:
         assert np.array_equal(pixels(open_image(data, "k")), pixels(image))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (60_000, 60_000)])
 def test_too_many_pixels_are_refused_from_the_header(
     width: int, height: int, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +139,7 @@ def test_too_many_pixels_are_refused_from_the_header(
         open_image(png_header(width, height), "bomb")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_files_raise_nothing_else() -> None:
     draw, exif = random.Random(0), Image.Exif()
     exif[274] = 6

@@ -1,0 +1,77 @@
+"""A tiny text-to-image model with random weights, as a folder, for every test that needs a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoder import AutoencoderConfig, AutoencoderKL
+from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
+from ldm.data.shapes import captions, scene
+from ldm.networks import UNet, UNetConfig
+from ldm.pretrained import Model, write_model
+from ldm.process import DiffusionConfig
+
+WIDTH = 32
+SETTINGS = {"sampler": "ddim", "num_inference_steps": 3, "guidance_scale": 3.0}
+
+
+def random_vae() -> AutoencoderKL:
+    """f4 with 4 latent channels; its pictures use the whole range of levels."""
+    vae = AutoencoderKL(
+        AutoencoderConfig(
+            block_out_channels=(16, 32, 32), norm_num_groups=8, latent_channels=4, scaling_factor=0.7, sample_size=32
+        )
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 8
+    return vae.eval()
+
+
+def random_unet() -> UNet:
+    """Two levels for 8 x 8 latents, attending on the finer one; no layer is zero."""
+    unet = UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            norm_num_groups=8,
+            attention_head_dim=2,
+        )
+    )
+    with torch.no_grad():
+        unet.conv_out.weight *= 3
+    return unet.eval()
+
+
+def random_text_encoder() -> ClipTextEncoder:
+    """A vocabulary learnt from captions of shapes and one transformer layer."""
+    tokenizer = ClipTokenizer.train((c for i in range(100) for c in captions(scene(i, "train"))), 600, 24)
+    config = ClipTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ClipTextEncoder(tokenizer, ClipTextModel.from_scratch(config, torch.Generator().manual_seed(1))).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of 0.5 M random weights for 32 x 32 pictures; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Model(random_vae(), random_unet(), random_text_encoder(), DiffusionConfig(), SETTINGS, "# Tiny\n")
+    write_model(model, folder)
+    return folder

@@ -1,0 +1,96 @@
+"""Every file under train_configs/ loads, fits together and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoder import AutoencoderKL
+from conditioning import ClipTextConfig, ClipTextModel
+from ldm.build import build_discriminator, build_loss_weights, build_objective, check_sampling
+from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip, dump_config, load_config
+from ldm.networks import UNet
+
+FOLDER = Path(__file__).parent.parent / "train_configs"
+FILES = [f for f in sorted(FOLDER.rglob("*.yaml")) if "accelerate" not in f.relative_to(FOLDER).parts]
+STAGE_ONE = [f for f in FILES if "autoencoder" in f.name]
+STAGE_TWO = [f for f in FILES if "autoencoder" not in f.name]
+
+
+def named(files: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", files, ids=[str(f.relative_to(FOLDER)) for f in files])
+
+
+def source_of(config: LdmTraining) -> AutoencoderTraining | None:
+    """The stage-one config whose export a stage-two config reads, where it is one of ours."""
+    candidates = [load_config(AutoencoderTraining, path) for path in STAGE_ONE]
+    return next((c for c in candidates if f"{c.output_dir}/export" == config.autoencoder), None)
+
+
+def test_there_are_configs_of_both_stages() -> None:
+    assert STAGE_ONE and STAGE_TWO
+
+
+@named(STAGE_ONE)
+def test_a_stage_one_file_builds(path: Path) -> None:
+    config = load_config(AutoencoderTraining, path)
+    with torch.device("meta"):
+        vae = AutoencoderKL(config.autoencoder)
+        out = vae(torch.zeros(1, 3, config.data.resolution, config.data.resolution))
+    assert out.image.shape == (1, 3, config.data.resolution, config.data.resolution)
+    logits = build_discriminator(config.discriminator, 0)(torch.zeros(2, 3, config.data.resolution, config.data.resolution))
+    assert logits.shape[:2] == (2, 1)
+    build_loss_weights(config.loss)
+
+
+@named(STAGE_TWO)
+def test_a_stage_two_file_builds(path: Path) -> None:
+    config = load_config(LdmTraining, path)
+    build_objective(config)
+    stage_one = source_of(config)
+    factor = stage_one.autoencoder.downsample_factor if stage_one else 8
+    check_sampling(config, factor)
+    side, length, width = config.data.resolution // factor, 77, config.unet.cross_attention_dim
+    assert isinstance(width, int)
+    if isinstance(config.text_encoder, ScratchClip):
+        text = config.text_encoder
+        assert text.hidden_size == width
+        with torch.device("meta"):
+            ClipTextModel(
+                ClipTextConfig(
+                    vocab_size=text.vocab_size,
+                    hidden_size=text.hidden_size,
+                    intermediate_size=4 * text.hidden_size,
+                    num_hidden_layers=text.num_hidden_layers,
+                    num_attention_heads=text.num_attention_heads,
+                    max_position_embeddings=text.max_length,
+                )
+            )
+        length = text.max_length
+    with torch.device("meta"):
+        unet = UNet(config.unet)
+        x = torch.zeros(2, config.unet.in_channels, side, side)
+        out = unet(x, torch.zeros(2), torch.zeros(2, length, width))
+    assert out.shape == x.shape
+
+
+@named(STAGE_TWO)
+def test_a_stage_two_file_fits_the_stage_one_file_that_it_names(path: Path) -> None:
+    config = load_config(LdmTraining, path)
+    if not config.autoencoder.startswith("runs/"):
+        return
+    stage_one = source_of(config)
+    assert stage_one is not None, f"no config writes {config.autoencoder}"
+    assert config.unet.in_channels == config.unet.out_channels == stage_one.autoencoder.latent_channels
+    assert config.data.resolution == stage_one.data.resolution
+    assert config.data.source == stage_one.data.source
+
+
+@named(FILES)
+def test_a_file_survives_the_way_into_a_run_folder(path: Path, tmp_path: Path) -> None:
+    kind = AutoencoderTraining if path in STAGE_ONE else LdmTraining
+    config = load_config(kind, path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(kind, tmp_path / "config.yaml") == config

@@ -1,0 +1,386 @@
+"""Both training scripts as a user starts them: to the end, killed, stopped, on two processes, and poisoned."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm.cli import generate
+from ldm.data.shapes import ShapesDataset
+from ldm.data.transforms import to_tensor
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+STAGE_ONE: dict[str, Any] = {
+    "data": {"source": "shapes", "resolution": 32, "max_train_samples": 64, "max_validation_samples": 8},
+    "autoencoder": {"block_out_channels": [16, 32, 32], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8},
+    "loss": {"perceptual": 0.0, "kl": 1.0e-3, "discriminator": 0.2, "discriminator_start": 3},
+    "perceptual": {"type": "none"},
+    "discriminator": {"num_layers": 1, "base_channels": 8, "norm": "group"},
+    "optimizer": {"learning_rate": 1.0e-4, "lr_warmup_steps": 2},
+    "statistics_samples": 64,
+    "training": {"max_train_steps": STEPS, "train_batch_size": 8, "ema_decay": 0.9, "checkpointing_steps": 2, "logging_steps": 1},
+    "validation": {"steps": 3, "num_images": 4},
+}
+STAGE_TWO: dict[str, Any] = {
+    "data": {"source": "shapes", "resolution": 32, "max_train_samples": 64},
+    "latents": {"shard_size": 16, "batch_size": 8},
+    "text_encoder": {
+        "type": "clip_from_scratch",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 600,
+        "max_length": 24,
+    },
+    "unet": {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+    },
+    "objective": {"snr_gamma": 5.0},
+    "optimizer": {"learning_rate": 1.0e-3, "lr_warmup_steps": 2},
+    "training": {"max_train_steps": STEPS, "train_batch_size": 8, "ema_decay": 0.9, "checkpointing_steps": 2, "logging_steps": 1},
+    "validation": {"steps": 3, "validation_prompts": ["a red circle", "a blue square"], "num_inference_steps": 2},
+}
+
+AFTER_UPDATE = """
+import os, signal
+from ldm.training import ema
+update = ema.Ema.update
+def then_die(self):
+    update(self)
+    if self.updates == {updates} and os.environ.get("RANK", "{rank}") == "{rank}":
+        os.kill(os.getpid(), signal.{signal})
+ema.Ema.update = then_die
+"""
+WHILE_ENCODING = """
+import os, signal
+from ldm.data import latents
+write = latents._write_text
+def then_die(path, text):
+    if path.name == "shard_00002.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+latents._write_text = then_die
+"""
+WHILE_SAVING = """
+import os, signal
+from ldm.training import run_dir
+write = run_dir.write_text
+def then_die(path, text):
+    if path.parent.name == ".tmp_step_000004" and path.name == "optimizer.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+run_dir.write_text = then_die
+"""
+POISONED_STAGE_ONE = """
+import dataclasses
+from ldm.tasks import autoencoder
+loss = autoencoder.AutoencoderTask.generator_loss
+def poisoned(self, batch, step):
+    return loss(self, dataclasses.replace(batch, image=batch.image * (float("nan") if step == 4 else 1.0)), step)
+autoencoder.AutoencoderTask.generator_loss = poisoned
+"""
+POISONED_STAGE_TWO = """
+from ldm.tasks import text_to_image
+loss = text_to_image.TextToImageTask.loss
+def poisoned(self, batch, step, size):
+    return {name: value * (float("nan") if step == 4 else 1.0) for name, value in loss(self, batch, step, size).items()}
+text_to_image.TextToImageTask.loss = poisoned
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **cpu, **more}
+
+
+def begin(script: str, argv: list[str], patch: str, env: dict[str, str], core: int) -> subprocess.Popen[str]:
+    """One process on one core, so that it computes with one thread."""
+    cores = sorted(os.sched_getaffinity(0))
+    code = f"{patch}\nimport runpy, sys\nsys.argv = {[script, *argv]!r}\nrunpy.run_path({script!r}, run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, script, *argv] if not patch else [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {cores[core % len(cores)]}),
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(script: str, *argv: str, patch: str = "") -> subprocess.CompletedProcess[str]:
+    return finished(begin(script, list(argv), patch, environment(), 0))
+
+
+def train_on_two(script: str, *argv: str, patch: str = "") -> list[subprocess.CompletedProcess[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [environment(**shared, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    return [finished(p) for p in [begin(script, list(argv), patch, env, rank) for rank, env in enumerate(ranks)]]
+
+
+def config_file(folder: Path, content: dict[str, Any]) -> str:
+    """A config whose `output_dir` is `folder`, beside it."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(json.dumps({"output_dir": str(folder), **content}))
+    return str(path)
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row.pop("step"), {}).update(row)
+    return found
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Names and contents of the exported tensors and their configs, and of the hashes of the last state."""
+    kept = [f for f in (run / "export").rglob("*") if f.suffix in (".safetensors", ".json") and f.name != "ldm.json"]
+    kept.append(run / "state" / f"step_{STEPS:06d}" / "manifest.json")
+    assert len(kept) >= 3
+    return {str(f.relative_to(run)): f.read_bytes() for f in kept}
+
+
+def states(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "state").glob("step_*"))
+
+
+def assert_same_curve(one: Path, other: Path, rtol: float = 1e-3) -> None:
+    expected, found = metrics(one), metrics(other)
+    assert sorted(expected) == sorted(found) == list(range(1, STEPS + 1))
+    for step, row in expected.items():
+        names = row.keys() - {"images_per_second", "seconds"}
+        assert names == found[step].keys() - {"images_per_second", "seconds"}
+        for name in names:
+            assert found[step][name] == pytest.approx(row[name], rel=rtol, abs=1e-5), (step, name)
+
+
+def assert_weights_close(one: Path, other: Path, part: str, atol: float) -> None:
+    a, b = (load_file(run / "export" / part / "diffusion_pytorch_model.safetensors") for run in (one, other))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- stage one
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def autoencoder(workshop: Path) -> Path:
+    """The undisturbed run of stage one."""
+    done = train("train_autoencoder.py", "--config", config_file(workshop / "autoencoder", STAGE_ONE))
+    assert done.returncode == 0, done.stderr
+    return workshop / "autoencoder"
+
+
+def test_stage_one_leaves_a_complete_run_folder(autoencoder: Path) -> None:
+    names = {p.name for p in autoencoder.iterdir()}
+    assert {"config.yaml", "state", "export", "samples", "logs", "metrics.jsonl"} <= names
+    assert states(autoencoder) == ["step_000004", "step_000006"]
+    assert sorted(p.name for p in (autoencoder / "samples").iterdir()) == ["step_000003.png", "step_000006.png"]
+    assert list((autoencoder / "logs").rglob("events.out.tfevents*"))
+    rows = metrics(autoencoder)
+    assert sorted(rows) == list(range(1, STEPS + 1))
+    assert all({"nll", "kl", "l1", "gradient_norm"} <= row.keys() for row in rows.values())
+    assert ["discriminator" in rows[step] for step in rows] == [False] * 3 + [True] * 3
+    assert "validation_psnr" in rows[3] and "validation_psnr" in rows[6]
+
+
+def test_diffusers_reads_the_exported_autoencoder_with_centred_latents(autoencoder: Path) -> None:
+    vae = diffusers.AutoencoderKL.from_pretrained(autoencoder / "export" / "vae")
+    images = torch.stack([to_tensor(ShapesDataset("train", 64, 32)[i]["image"]) for i in range(64)])
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+    assert posterior.mean.mean((0, 2, 3)).abs().max() < 1e-4
+    variance = (posterior.mean.square() + posterior.var).mean() * vae.config.scaling_factor**2
+    assert float(variance) == pytest.approx(1, abs=1e-3)
+
+
+def test_stage_one_stopped_and_killed_ends_at_the_same_bits(autoencoder: Path, workshop: Path) -> None:
+    run = workshop / "interrupted_autoencoder"
+    command = ("train_autoencoder.py", "--config", config_file(run, STAGE_ONE))
+    stopped = train(*command, patch=AFTER_UPDATE.format(updates=1, signal="SIGTERM", rank=0))
+    assert (stopped.returncode, states(run)) == (143, ["step_000001"])
+    killed = train(*command, patch=AFTER_UPDATE.format(updates=5, signal="SIGKILL", rank=0))
+    assert killed.returncode == -9 and not (run / "export").exists()
+    assert states(run) == ["step_000002", "step_000004"]
+    resumed = train(*command)
+    assert resumed.returncode == 0 and "resuming" in resumed.stdout and "at step 4" in resumed.stdout
+    assert weights(run) == weights(autoencoder)
+    assert_same_curve(autoencoder, run, rtol=1e-6)
+
+
+def test_stage_one_on_two_processes_is_the_same_training(autoencoder: Path, workshop: Path) -> None:
+    run = workshop / "two_autoencoders"
+    done = train_on_two("train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--training.train_batch_size", "4")
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert_same_curve(autoencoder, run)
+    assert_weights_close(autoencoder, run, "vae", atol=1e-4)
+
+
+def test_starting_a_finished_run_again_changes_nothing(autoencoder: Path, workshop: Path) -> None:
+    before, told = weights(autoencoder), (autoencoder / "metrics.jsonl").read_text()
+    again = train("train_autoencoder.py", "--config", str(workshop / "autoencoder.yaml"))
+    assert again.returncode == 0, again.stderr
+    assert weights(autoencoder) == before and states(autoencoder) == ["step_000004", "step_000006"]
+    assert (autoencoder / "metrics.jsonl").read_text() == told
+
+
+def test_a_dry_run_of_stage_one_writes_nothing(workshop: Path) -> None:
+    run = workshop / "dry_autoencoder"
+    done = train("train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "block_out_channels:" in done.stdout and "M parameters" in done.stdout
+    assert " s per step, about " in done.stdout and " min for 6 steps; peak memory" in done.stdout
+    assert not run.exists()
+
+
+def test_an_unknown_key_ends_with_a_suggestion(workshop: Path) -> None:
+    run = workshop / "unknown"
+    argv = ["--config", config_file(run, STAGE_ONE), "--training.max_train_step", "5"]
+    done = train("train_autoencoder.py", *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "did you mean `training.max_train_steps`?" in done.stderr
+    assert not run.exists()
+
+
+def test_a_damaged_picture_never_reaches_the_autoencoder(workshop: Path) -> None:
+    run = workshop / "poisoned_autoencoder"
+    argv = ["--config", config_file(run, STAGE_ONE), "--training.checkpointing_steps", "1", "--training.report_to", "none"]
+    done = train("train_autoencoder.py", *argv, "--training.checkpoints_total_limit", "9", patch=POISONED_STAGE_ONE)
+    assert done.returncode == 0, done.stderr
+    assert "1 updates skipped" in done.stderr + done.stdout
+    assert_untouched(run, ("autoencoder", "discriminator", "ema", "optimizer", "discriminator_optimizer"))
+
+
+def assert_untouched(run: Path, parts: tuple[str, ...]) -> None:
+    """The state after the poisoned fifth step holds what the state before it held; then training went on."""
+    before, poisoned, after = (run / "state" / f"step_{step:06d}" for step in (4, 5, 6))
+    for part in parts:
+        assert (poisoned / f"{part}.safetensors").read_bytes() == (before / f"{part}.safetensors").read_bytes()
+        final = load_file(after / f"{part}.safetensors")
+        assert all(torch.isfinite(value).all() for value in final.values())
+        assert (after / f"{part}.safetensors").read_bytes() != (before / f"{part}.safetensors").read_bytes()
+    assert None in metrics(run)[5].values()
+
+
+# --- stage two
+
+
+@pytest.fixture(scope="module")
+def stage_two(autoencoder: Path) -> dict[str, Any]:
+    return {"autoencoder": str(autoencoder / "export"), **STAGE_TWO}
+
+
+@pytest.fixture(scope="module")
+def ldm(workshop: Path, stage_two: dict[str, Any]) -> Path:
+    """The undisturbed run of stage two."""
+    done = train("train_ldm.py", "--config", config_file(workshop / "ldm", stage_two))
+    assert done.returncode == 0, done.stderr
+    return workshop / "ldm"
+
+
+def test_stage_two_writes_a_model_that_the_command_draws_with(ldm: Path, tmp_path: Path) -> None:
+    assert states(ldm) == ["step_000004", "step_000006"]
+    assert sorted(p.name for p in (ldm / "samples").iterdir()) == ["step_000003.png", "step_000006.png"]
+    assert all({"loss", "gradient_norm"} <= row.keys() for row in metrics(ldm).values())
+    assert (ldm / "export/README.md").read_text().startswith("# ")
+    report = generate.run(["-p", "a red circle", "-m", str(ldm / "export"), "-o", str(tmp_path / "out.png"), "--json"])
+    assert report["settings"]["steps"] == 2 and report["settings"]["sampler"] == "ddim"
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+
+
+def test_stage_two_stopped_and_killed_ends_at_the_same_bits(ldm: Path, workshop: Path, stage_two: dict[str, Any]) -> None:
+    run = workshop / "interrupted_ldm"
+    command = ("train_ldm.py", "--config", config_file(run, stage_two))
+    encoding = train(*command, patch=WHILE_ENCODING)
+    assert encoding.returncode == -9 and (run / "latents/shard_00002.safetensors").exists()
+    assert sorted(p.name for p in (run / "latents").glob("shard*.json")) == ["shard_00000.json", "shard_00001.json"]
+    stopped = train(*command, patch=AFTER_UPDATE.format(updates=1, signal="SIGTERM", rank=0))
+    assert (stopped.returncode, states(run)) == (143, ["step_000001"])
+    saving = train(*command, patch=WHILE_SAVING)
+    assert saving.returncode == -9 and (run / "state/.tmp_step_000004").exists()
+    assert states(run) == ["step_000001", "step_000002"]
+    resumed = train(*command)
+    assert resumed.returncode == 0 and "at step 2" in resumed.stdout
+    assert weights(run) == weights(ldm)
+    assert_same_curve(ldm, run, rtol=1e-6)
+
+
+def test_stage_two_on_two_processes_is_the_same_training(ldm: Path, workshop: Path, stage_two: dict[str, Any]) -> None:
+    run = workshop / "two_ldms"
+    command = ("train_ldm.py", "--config", config_file(run, stage_two), "--training.train_batch_size", "4")
+    stopped = train_on_two(*command, patch=AFTER_UPDATE.format(updates=3, signal="SIGTERM", rank=1))
+    assert [d.returncode for d in stopped] == [143, 143], stopped[0].stderr + stopped[1].stderr
+    assert states(run) == ["step_000002", "step_000003"]
+    done = train_on_two(*command)
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert_same_curve(ldm, run)
+    assert_weights_close(ldm, run, "unet", atol=1e-4)
+
+
+def test_accumulating_two_batches_is_the_same_training(ldm: Path, workshop: Path, stage_two: dict[str, Any]) -> None:
+    run = workshop / "accumulated"
+    sizes = ["--training.train_batch_size", "4", "--training.gradient_accumulation_steps", "2"]
+    done = train("train_ldm.py", "--config", config_file(run, stage_two), *sizes)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(ldm, run)
+    assert_weights_close(ldm, run, "unet", atol=1e-4)
+
+
+def test_a_dry_run_of_stage_two_writes_nothing(workshop: Path, stage_two: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, scratch = workshop / "dry_ldm", workshop / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    done = train("train_ldm.py", "--config", config_file(run, stage_two), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "max_train_samples: 64" in done.stdout and "U-Net 0.20 M" in done.stdout
+    assert " s per step, about " in done.stdout
+    assert not run.exists() and list(scratch.iterdir()) == []
+
+
+def test_a_non_finite_loss_never_reaches_the_network(workshop: Path, stage_two: dict[str, Any]) -> None:
+    run = workshop / "poisoned_ldm"
+    argv = ["--config", config_file(run, stage_two), "--training.checkpointing_steps", "1", "--training.report_to", "none"]
+    done = train("train_ldm.py", *argv, "--training.checkpoints_total_limit", "9", patch=POISONED_STAGE_TWO)
+    assert done.returncode == 0, done.stderr
+    assert "1 updates skipped" in done.stderr + done.stdout
+    assert_untouched(run, ("network", "ema", "optimizer"))
+
+
+def test_settings_that_would_fail_at_the_first_validation_fail_at_once(workshop: Path, stage_two: dict[str, Any]) -> None:
+    run = workshop / "sampler"
+    done = train("train_ldm.py", "--config", config_file(run, stage_two), "--validation.sampler", "dimm")
+    assert done.returncode == 2 and not (run / "latents").exists()
+    assert "`validation.sampler` is 'dimm'; accepted: ddim, " in done.stderr.splitlines()[-1]
