@@ -1,6 +1,6 @@
 """Stage one: train a KL-regularised autoencoder on images.
 
-    accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
+accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def validate(
 ) -> None:
     """PSNR of the averaged weights on the validation images, and a grid of originals above reconstructions."""
     with ema.applied():
-        batches = [chunk.to(next(vae.parameters()).device) for chunk in images.split(32)]
+        batches = [chunk.to(next(vae.parameters()).device) for chunk in torch.split(images, 32)]
         value = mean_psnr(vae, batches)
         x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
     grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
@@ -211,17 +211,19 @@ def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: Autoe
     with ema.applied(), torch.no_grad():
         parts = [LatentStatistics.of(vae.moments(batch.image.to(device))) for batch in batches]
         statistics = sum(parts[1:], parts[0])
-        value = mean_psnr(vae, [chunk.to(device) for chunk in validation.split(32)])
-        vae.config = dataclasses.replace(vae.config, sample_size=config.data.resolution, **latent_scale(vae, statistics, config))
-        settings = {"validation_psnr": value, "scale_measured_on": len(parts) * plan.size, "training": dump_config(config)}
+        value = mean_psnr(vae, [chunk.to(device) for chunk in torch.split(validation, 32)])
+        scale = latent_scale(vae, statistics, config)
+        vae.config = dataclasses.replace(vae.config, sample_size=config.data.resolution, **scale)
+        count = len(parts) * plan.size
+        settings = {"validation_psnr": value, "scale_measured_on": count, "training": dump_config(config)}
         write_vae(vae, run.export, autoencoder_card(config, vae, value), settings)
 
 
 def latent_scale(vae: AutoencoderKL, statistics: LatentStatistics, config: AutoencoderTraining) -> dict[str, Any]:
     """The scale and shift to write into the model's config: the given ones, or the measured ones.
 
-    The measured channel means are folded into the 1x1 convolutions where there are any, because the diffusers pipeline knows
-    no shift; the scale is then one over the standard deviation around them.
+    The measured channel means are folded into the 1x1 convolutions where there are any, because the diffusers pipeline
+    knows no shift; the scale is then one over the standard deviation around them.
     """
     if config.scaling_factor is not None:
         return {"scaling_factor": config.scaling_factor}

@@ -1,6 +1,6 @@
 """Stage two: train a text-conditioned U-Net on the latents of a trained autoencoder.
 
-    accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
+accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from autoencoder import AutoencoderKL, LatentCodec
-from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_sampling
+from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
 from ldm.config import DataConfig, LdmTraining, dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
@@ -71,7 +71,7 @@ def main() -> None:
         run = trial_run(accelerator)
         data, latents = trial_data(config.data), run.folder / "latents"
     vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
-    check_sampling(config, vae.downsample_factor)
+    check_resolution(config, vae.downsample_factor)
     skips = SkipCounter(config.data.max_bad_fraction)
     cache = encoded_data(dataclasses.replace(config, data=data), vae, latents, accelerator, skips, stop)
     captions = (cache.captions[i][j] for i in range(len(cache)) for j in range(len(cache.captions[i])))
@@ -206,8 +206,9 @@ def encoded_data(
     )
 
     def encode(x: torch.Tensor) -> torch.Tensor:
+        chunks = torch.split(x, config.latents.batch_size)
         with torch.no_grad():
-            return torch.cat([vae.moments(row.to(accelerator.device)).cpu() for row in x.split(config.latents.batch_size)])
+            return torch.cat([vae.moments(chunk.to(accelerator.device)).cpu() for chunk in chunks])
 
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():

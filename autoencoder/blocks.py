@@ -114,12 +114,8 @@ class Level(nn.Module):
         super().__init__()
         groups = config.norm_num_groups
         widths = [in_channels, *[out_channels] * (layers - 1)]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(width, out_channels, groups, config.act_fn) for width in widths
-        )
-        self.attentions = nn.ModuleList(
-            Attention(out_channels, groups) for _ in range(layers if attend else 0)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(width, out_channels, groups, config.act_fn) for width in widths)
+        self.attentions = nn.ModuleList(Attention(out_channels, groups) for _ in range(layers if attend else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, resnet in enumerate(self.resnets):
@@ -152,9 +148,7 @@ class UpLevel(Level):
     def __init__(self, index: int, config: AutoencoderConfig) -> None:
         widths = config.block_out_channels[::-1]
         attend = config.up_block_types[index].startswith("Attn")
-        super().__init__(
-            widths[max(index - 1, 0)], widths[index], config.layers_per_block + 1, attend, config
-        )
+        super().__init__(widths[max(index - 1, 0)], widths[index], config.layers_per_block + 1, attend, config)
         doublings = 0 if index == len(widths) - 1 else 1
         self.upsamplers = nn.ModuleList(Upsample(widths[index]) for _ in range(doublings))
 
@@ -167,9 +161,7 @@ class UpLevel(Level):
 
 def _run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     """block(x); with `recompute`, activations inside the block are computed again in the backward pass."""
-    out: Tensor = (
-        checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
-    )
+    out: Tensor = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
     return out
 
 

@@ -122,9 +122,7 @@ class LatentCodec:
         """`value` shaped to broadcast against [B, C, h, w]."""
         tensor = torch.as_tensor(value, dtype=torch.float32).flatten()
         if tensor.numel() not in (1, self.vae.config.latent_channels):
-            raise ValueError(
-                f"{name} needs 1 or {self.vae.config.latent_channels} values, got {tensor.numel()}"
-            )
+            raise ValueError(f"{name} needs 1 or {self.vae.config.latent_channels} values, got {tensor.numel()}")
         return tensor.view(1, -1, 1, 1)
 
 
@@ -132,8 +130,8 @@ class LatentCodec:
 def fold_into_convolutions(vae: AutoencoderKL, mean: Tensor, std: Tensor | None = None) -> None:
     """Changes the raw latents to (raw - mean) / std per channel without changing any image.
 
-    Both 1x1 convolutions around the latent space are linear, so the shift and scale are absorbed exactly. Tools that know
-    one scalar scale only, and no shift, then get centred latents.
+    Both 1x1 convolutions around the latent space are linear, so the shift and scale are absorbed exactly. Tools that
+    know one scalar scale only, and no shift, then get centred latents.
 
     Args:
         mean, std: [C]; no std leaves the spread as it is.

@@ -95,9 +95,7 @@ class AutoencoderConfig:
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} entries, latent_channels is {self.latent_channels}"
-                )
+                raise ValueError(f"{name} has {len(values)} entries, latent_channels is {self.latent_channels}")
 
     @property
     def downsample_factor(self) -> int:
@@ -118,9 +116,7 @@ class AutoencoderConfig:
                 continue
             if key not in known:
                 nearest = get_close_matches(key, known, n=1)
-                hint = (
-                    f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(known)}"
-                )
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(known)}"
                 raise ValueError(f"unknown autoencoder config key {key!r}{hint}")
             chosen[key] = tuple(value) if isinstance(value, list) else value
         return cls(**chosen)

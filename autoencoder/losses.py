@@ -69,9 +69,7 @@ def nll(image: Tensor, target: Tensor, perceptual: Tensor, weights: LossWeights)
     every value's difference before summing; the published weights presume that.
     """
     values = image[0].numel()
-    per_image = (
-        reconstruction(image, target, weights.reconstruction) + weights.perceptual * values * perceptual
-    )
+    per_image = reconstruction(image, target, weights.reconstruction) + weights.perceptual * values * perceptual
     return per_image.mean()
 
 

@@ -74,8 +74,7 @@ class AutoencoderKL(nn.Module):
         channels, factor = self.config.in_channels, self.downsample_factor
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
-                f"images must be [B, {channels}, H, W] with H and W multiples of {factor}, "
-                f"got shape {tuple(x.shape)}"
+                f"images must be [B, {channels}, H, W] with H and W multiples of {factor}, got shape {tuple(x.shape)}"
             )
         h: Tensor = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
@@ -101,7 +100,7 @@ class AutoencoderKL(nn.Module):
         return image
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """Encode, take z = mean + std * noise (None: the posterior's mode), decode; what a distributed wrapper calls."""
+        """Encode, take z = mean + std * noise (None: the posterior's mode), decode; a distributed wrapper calls it."""
         moments = self.moments(x)
         features = self.decode_features(DiagonalGaussian(moments).sample(noise))
         return Reconstruction(self.decoder.conv_out(features), features, moments)
@@ -110,8 +109,8 @@ class AutoencoderKL(nn.Module):
     def from_scratch(cls, config: AutoencoderConfig, seed: int) -> AutoencoderKL:
         """A network to train, a function of the seed alone.
 
-        The last layer of every residual branch is zero, so that training starts from an almost linear autoencoder: on flat
-        colours this saves it thousands of steps on a plateau where brightness is coded and colour is not.
+        The last layer of every residual branch is zero, so that training starts from an almost linear autoencoder: on
+        flat colours this saves it thousands of steps on a plateau where brightness is coded and colour is not.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -154,9 +153,7 @@ def _read_config(path: Path) -> AutoencoderConfig:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot read the autoencoder's config ({error})") from error
     if type(values) is not dict:
-        raise ValueError(
-            f"{path}: the autoencoder's config must be a JSON object, got {type(values).__name__}"
-        )
+        raise ValueError(f"{path}: the autoencoder's config must be a JSON object, got {type(values).__name__}")
     try:
         return AutoencoderConfig.from_dict(values)
     except ValueError as error:
@@ -177,9 +174,7 @@ def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {title} key {min(keys)!r} ({len(keys)} such keys)")
     for key, value in state.items():
         if value.shape != wanted[key].shape:
-            raise ValueError(
-                f"{path}: key {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
-            )
+            raise ValueError(f"{path}: key {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}")
     return state
 
 

@@ -128,9 +128,7 @@ class LPIPS(FeatureDistance):
         names = {key: "features." + key.split(".", 1)[1] for key in metric.net.state_dict()}
         missing = sorted(set(names.values()) - state.keys())
         if missing:
-            raise ValueError(
-                f"{backbone}: not torchvision weights of the {net!r} net, key {missing[0]!r} is missing"
-            )
+            raise ValueError(f"{backbone}: not torchvision weights of the {net!r} net, key {missing[0]!r} is missing")
         metric.net.load_state_dict({key: state[name] for key, name in names.items()})
         self.scaling, self.net, self.heads = metric.scaling_layer, metric.net, metric.lins
         self.freeze()
@@ -154,9 +152,7 @@ def _backbone_weights(net: str, path: str | Path | None) -> dict[str, Tensor]:
     try:
         if path is None:
             models = _import("torchvision.models", "torchvision")
-            state: dict[str, Tensor] = getattr(models, LPIPS_NETS[net]).IMAGENET1K_V1.get_state_dict(
-                progress=False
-            )
+            state: dict[str, Tensor] = getattr(models, LPIPS_NETS[net]).IMAGENET1K_V1.get_state_dict(progress=False)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:

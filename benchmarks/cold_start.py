@@ -15,7 +15,10 @@ import tempfile
 import time
 
 LOAD = "from ldm.pipeline import TextToImage; TextToImage.from_pretrained({model!r})"
-DRAW = 'from ldm.cli.generate import run; run(["--prompt", "a large red circle on a white background", "-o", {out!r}, *{flags!r}])'
+DRAW = (
+    "from ldm.cli.generate import run; "
+    'run(["--prompt", "a large red circle on a white background", "-o", {out!r}, *{flags!r}])'
+)
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
     torch_only = statistics.median(times["import torch"])
     for name, values in times.items():
         middle = statistics.median(values)
-        print(f"{name:22s} median {middle:.2f} s  min {min(values):.2f}  max {max(values):.2f}  {middle / torch_only:.2f} x torch")
+        spread = f"min {min(values):.2f}  max {max(values):.2f}"
+        print(f"{name:22s} median {middle:.2f} s  {spread}  {middle / torch_only:.2f} x torch")
 
 
 def seconds(program: str) -> float:

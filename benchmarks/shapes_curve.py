@@ -2,7 +2,8 @@
 
     python benchmarks/shapes_curve.py runs/shapes/ldm --num-samples 200 --output docs/images/shapes_curve.png
 
-Needs a finished run whose `training.checkpoints_total_limit` let it keep its states. Writes a picture and a JSON beside it.
+Needs a finished run whose `training.checkpoints_total_limit` let it keep its states. Writes a picture and a JSON
+beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def main() -> None:
         report, _ = evaluate_shapes(pipeline(args.run, folder), args.num_samples)
         points.append({"step": step, "minutes": minutes.get(step), **report})
         print(points[-1], flush=True)
-    args.output.with_suffix(".json").write_text(json.dumps({"num_samples": args.num_samples, "points": points}, indent=1))
+    figures = {"num_samples": args.num_samples, "points": points}
+    args.output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
     draw(points).save(args.output)
 
 
@@ -61,10 +63,9 @@ def draw(points: list[dict[str, object]], width: int = 640, height: int = 360) -
         pen.line([(left, y), (right, y)], fill="#dddddd")
         pen.text((left - 40, y - 7), f"{tick} %", fill="black", font=font)
     for index, (name, colour) in enumerate(COLOURS.items()):
-        line = [
-            (left + (right - left) * float(p["minutes"] or 0) / last, bottom - (bottom - top) * float(p["train"][name] or 0))
-            for p in points
-        ]
+        across = [left + (right - left) * float(p["minutes"] or 0) / last for p in points]
+        up = [bottom - (bottom - top) * float(p["train"][name] or 0) for p in points]
+        line = list(zip(across, up, strict=True))
         pen.line(line, fill=colour, width=2)
         pen.text((right + 10, top + 18 * index), name, fill=colour, font=font)
     pen.text((left, bottom + 12), f"minutes of stage two (0 to {last:.0f})", fill="black", font=font)

@@ -147,9 +147,7 @@ class ClipTokenizer:
         write_atomically(path / "tokenizer_config.json", _json_bytes(self._config()))
 
     @classmethod
-    def train(
-        cls, captions: Iterable[str], vocab_size: int, max_length: int = CLIP_MAX_LENGTH
-    ) -> ClipTokenizer:
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int = CLIP_MAX_LENGTH) -> ClipTokenizer:
         """Learn merges from `captions`; the same captions in any order give the same tokenizer.
 
         The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that end a word, merges, start and end
@@ -203,9 +201,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _build(
-    vocab: dict[str, int], merges: Merges, special: SpecialTokens, added: Sequence[AddedToken]
-) -> Tokenizer:
+def _build(vocab: dict[str, int], merges: Merges, special: SpecialTokens, added: Sequence[AddedToken]) -> Tokenizer:
     model = BPE(
         vocab=vocab,
         merges=merges,

@@ -32,7 +32,6 @@ from ldm.data.transforms import BadImage
 from ldm.networks import UNet
 from ldm.pretrained import resolve
 from ldm.process import Objective
-from ldm.sampling import SAMPLERS
 from ldm.seeds import generator, seed_of
 
 
@@ -181,15 +180,13 @@ def build_unet(config: LdmTraining, latent_channels: int, context_width: int) ->
     return UNet.from_scratch(unet, generator(config.seed, "unet"))
 
 
-def check_sampling(config: LdmTraining, downsample_factor: int) -> None:
-    """Refuses, before any training, settings with which the first validation would fail.
+def check_resolution(config: LdmTraining, downsample_factor: int) -> None:
+    """Refuses, before any training, a picture size at which the first validation would fail.
 
     Raises:
-        ConfigError: for an unknown sampler, or a resolution that autoencoder and U-Net cannot halve often enough.
+        ConfigError: when autoencoder and U-Net together cannot halve it often enough.
     """
-    sampler, multiple = config.validation.sampler, downsample_factor * 2 ** (len(config.unet.block_out_channels) - 1)
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"`validation.sampler` is {sampler!r}; accepted: {', '.join(SAMPLERS)}")
+    multiple = downsample_factor * 2 ** (len(config.unet.block_out_channels) - 1)
     if config.data.resolution % multiple:
         raise ConfigError(
             f"`data.resolution` is {config.data.resolution}; this autoencoder and U-Net need a multiple of {multiple}"

@@ -55,7 +55,8 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "data", 1, "resolution", "max_train_samples", "max_validation_samples", "shuffle_buffer")
+        counts = ("resolution", "max_train_samples", "max_validation_samples", "shuffle_buffer")
+        _require_at_least(self, "data", 1, *counts)
         _require_at_least(self, "data", 0, "dataloader_num_workers")
         _require(len(self.caption_columns) > 0, "`data.caption_columns` is empty; it must name at least one column")
         _require(
@@ -72,7 +73,7 @@ class DataConfig:
         )
         _require(
             not (self.streaming and self.source == "shapes"),
-            "`data.streaming` is true with `data.source` shapes, which are drawn when they are needed; it must be false",
+            "`data.streaming` is true with `data.source` shapes, which are drawn when needed; it must be false",
         )
         _require(
             not self.streaming or self.max_train_samples is None,
@@ -130,9 +131,7 @@ class TrainingConfig:
             "checkpoints_total_limit",
             "logging_steps",
         )
-        _require(
-            0 <= self.ema_decay < 1, f"`training.ema_decay` is {self.ema_decay}; it must lie in [0, 1)"
-        )
+        _require(0 <= self.ema_decay < 1, f"`training.ema_decay` is {self.ema_decay}; it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class SampleValidation:
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig(draccus.ChoiceRegistry):
+class TextEncoderConfig(draccus.ChoiceRegistry):  # type: ignore[misc]
     """How a caption becomes the U-Net's context; `type` chooses the kind."""
 
 
@@ -307,8 +306,8 @@ class LdmTraining:
     def __post_init__(self) -> None:
         _require(
             self.data.center_crop and not self.data.streaming,
-            f"`data.center_crop` is {self.data.center_crop} and `data.streaming` {self.data.streaming}; stage two encodes "
-            "every picture once, so they must be true and false",
+            f"`data.center_crop` is {self.data.center_crop} and `data.streaming` {self.data.streaming}; stage two "
+            "encodes every picture once, so they must be true and false",
         )
         steps, trained = self.validation.num_inference_steps, self.diffusion.num_train_timesteps
         _require(

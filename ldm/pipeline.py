@@ -21,8 +21,8 @@ from ldm.sampling import SAMPLERS, Callback, Denoiser, guided_denoiser, randn_ro
 from ldm.sampling.denoiser import Network
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
-MAX_ROWS, POSITIONS = 8, 512
-"""On the CPU the network runs on so many rows that they have about 512 latent positions together, and on 8 at most."""
+MAX_ROWS, POSITIONS = 8, 1024
+"""On the CPU the network runs on so many rows that they have about 1024 latent positions together, and on 8 at most."""
 
 
 class TextToImage:
@@ -158,7 +158,7 @@ class TextToImage:
         return {"context": condition.context, "context_mask": condition.context_mask}
 
     def _inpainting(self, denoise: Denoiser, start: Tensor, keep: Tensor) -> Denoiser:
-        """The same denoiser, certain of the kept part: its x0 there is the given picture's (Song et al. 2021, app. I.2)."""
+        """The same denoiser, sure of the kept part: x0 there is the given picture's (Song et al. 2021, app. I.2)."""
 
         def masked(x: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = self.schedule.alpha_sigma(t, like=x)
@@ -222,7 +222,8 @@ def in_chunks(net: Network, rows: int) -> Network:
     def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
         filled = torch.arange(len(x) + -len(x) % rows, device=x.device).clamp(max=len(x) - 1)
         given = {name: value for name, value in condition.items() if value is not None}
-        chunks = [net(x[i], t[i], **{name: value[i] for name, value in given.items()}) for i in filled.split(rows)]
+        parts = torch.split(filled, rows)
+        chunks = [net(x[i], t[i], **{name: value[i] for name, value in given.items()}) for i in parts]
         return torch.cat(chunks)[: len(x)]
 
     return run

@@ -97,17 +97,21 @@ def read_model(name: str | os.PathLike[str]) -> Model:
 
 def read_vae(folder: Path) -> AutoencoderKL:
     """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself."""
-    return _explained(AutoencoderKL.from_pretrained, _part(folder, "vae"))
+    vae: AutoencoderKL = _explained(AutoencoderKL.from_pretrained, _part(folder, "vae"))
+    return vae
 
 
 def read_unet(folder: Path) -> UNet:
     """The U-Net of a pipeline folder, or of a folder that is a `unet/` itself."""
-    return _explained(UNet.from_pretrained, _part(folder, "unet")).eval()
+    unet: UNet = _explained(UNet.from_pretrained, _part(folder, "unet"))
+    return unet.eval()
 
 
 def read_text_encoder(folder: Path) -> ClipTextEncoder:
     """The text encoder and tokenizer of a pipeline folder."""
-    return _explained(ClipTextEncoder.from_pretrained, folder / "text_encoder", folder / "tokenizer").eval()
+    parts = folder / "text_encoder", folder / "tokenizer"
+    encoder: ClipTextEncoder = _explained(ClipTextEncoder.from_pretrained, *parts)
+    return encoder.eval()
 
 
 def read_diffusion(folder: Path) -> DiffusionConfig:

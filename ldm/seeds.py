@@ -1,7 +1,7 @@
 """Stateless randomness: every draw is a function of what it is for, never of what was drawn before.
 
-A key is a tuple of integers and words, such as `(seed, "noise", step, row)`. Equal keys give equal draws in every process and
-after every restart, so a resumed or differently distributed run repeats the undisturbed one.
+A key is a tuple of integers and words, such as `(seed, "noise", step, row)`. Equal keys give equal draws in every
+process and after every restart, so a resumed or differently distributed run repeats the undisturbed one.
 """
 
 from __future__ import annotations

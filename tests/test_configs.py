@@ -9,7 +9,7 @@ import torch
 
 from autoencoder import AutoencoderKL
 from conditioning import ClipTextConfig, ClipTextModel
-from ldm.build import build_discriminator, build_loss_weights, build_objective, check_sampling
+from ldm.build import build_discriminator, build_loss_weights, build_objective, check_resolution
 from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip, dump_config, load_config
 from ldm.networks import UNet
 
@@ -40,7 +40,9 @@ def test_a_stage_one_file_builds(path: Path) -> None:
         vae = AutoencoderKL(config.autoencoder)
         out = vae(torch.zeros(1, 3, config.data.resolution, config.data.resolution))
     assert out.image.shape == (1, 3, config.data.resolution, config.data.resolution)
-    logits = build_discriminator(config.discriminator, 0)(torch.zeros(2, 3, config.data.resolution, config.data.resolution))
+    logits = build_discriminator(config.discriminator, 0)(
+        torch.zeros(2, 3, config.data.resolution, config.data.resolution)
+    )
     assert logits.shape[:2] == (2, 1)
     build_loss_weights(config.loss)
 
@@ -51,7 +53,7 @@ def test_a_stage_two_file_builds(path: Path) -> None:
     build_objective(config)
     stage_one = source_of(config)
     factor = stage_one.autoencoder.downsample_factor if stage_one else 8
-    check_sampling(config, factor)
+    check_resolution(config, factor)
     side, length, width = config.data.resolution // factor, 77, config.unet.cross_attention_dim
     assert isinstance(width, int)
     if isinstance(config.text_encoder, ScratchClip):

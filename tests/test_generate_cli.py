@@ -49,7 +49,9 @@ def draw(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any
 
 
 @pytest.fixture
-def refused(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def refused(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Runs the command, expects exit code 2 and returns the sentence on stderr."""
 
     def run(*argv: str) -> str:
@@ -90,7 +92,9 @@ def test_every_flag_of_the_contract_exists() -> None:
 
 
 def test_it_writes_what_the_library_draws(draw: Any, tiny_model_folder: Path) -> None:
-    report = draw("-p", "a red circle", "-p", "two", "--num-images", "2", "--seed", "5", "--steps", "2", "--batch-size", "3")
+    report = draw(
+        "-p", "a red circle", "-p", "two", "--num-images", "2", "--seed", "5", "--steps", "2", "--batch-size", "3"
+    )
     paths = files(report)
     assert [p.name for p in paths] == [f"{i:05d}_seed{5 + i}.png" for i in range(4)]
     images = TextToImage.from_pretrained(tiny_model_folder)(["a red circle", "two"], num_images=2, seed=5, steps=2)
@@ -140,14 +144,22 @@ def test_the_grid_shows_every_picture(draw: Any, tmp_path: Path) -> None:
 
 
 def test_aliases_mean_the_same(draw: Any) -> None:
-    long = draw("--prompt", "two", "--steps", "2", "--guidance-scale", "2", "--sampler", "euler", "--negative-prompt", "x")
-    short = draw("-p", "two", "--num-inference-steps", "2", "--cfg-scale", "2", "--scheduler", "euler", "-n", "x", output="b")
+    long = draw(
+        "--prompt", "two", "--steps", "2", "--guidance-scale", "2", "--sampler", "euler", "--negative-prompt", "x"
+    )
+    short = draw(
+        "-p", "two", "--num-inference-steps", "2", "--cfg-scale", "2", "--scheduler", "euler", "-n", "x", output="b"
+    )
     assert files(long)[0].read_bytes() == files(short)[0].read_bytes()
 
 
 def test_size_dtype_and_start_picture_reach_the_pipeline(draw: Any, tmp_path: Path) -> None:
     start = str(picture(tmp_path / "start.png"))
-    (path,) = files(draw("-p", "two", "--width", "64", "--height", "32", "--dtype", "bfloat16", "--init-image", start, "--steps", "4"))
+    (path,) = files(
+        draw(
+            "-p", "two", "--width", "64", "--height", "32", "--dtype", "bfloat16", "--init-image", start, "--steps", "4"
+        )
+    )
     assert Image.open(path).size == (64, 32)
     (kept,) = files(draw("-p", "two", "--init-image", start, "--strength", "0.02", "--steps", "50", output="kept"))
     (anew,) = files(draw("-p", "two", "--init-image", start, "--strength", "1", "--steps", "4", output="anew"))
@@ -189,17 +201,47 @@ def test_metadata_none_leaves_no_text(draw: Any) -> None:
 
 @pytest.mark.parametrize("prompt", AWKWARD)
 def test_from_image_repeats_the_file_byte_for_byte(draw: Any, prompt: str) -> None:
-    paths = files(draw("-p", "two", "-p", prompt, "--num-images", "2", "--steps", "2", "-n", "x", "--sampler", "ddpm", "--seed", "3"))
+    paths = files(
+        draw(
+            "-p",
+            "two",
+            "-p",
+            prompt,
+            "--num-images",
+            "2",
+            "--steps",
+            "2",
+            "-n",
+            "x",
+            "--sampler",
+            "ddpm",
+            "--seed",
+            "3",
+        )
+    )
     for number in (1, 2):
         (again,) = files(draw("--from-image", str(paths[number]), output=f"again{number}"))
         assert again.name == f"00000_seed{3 + number}.png"
         assert again.read_bytes() == paths[number].read_bytes()
 
 
-def test_from_image_knows_the_model_the_start_picture_and_the_dtype(tiny_model_folder: Path, draw: Any, tmp_path: Path) -> None:
+def test_from_image_knows_the_model_the_start_picture_and_the_dtype(
+    tiny_model_folder: Path, draw: Any, tmp_path: Path
+) -> None:
     start, mask = picture(tmp_path / "start.png"), tmp_path / "mask.png"
     Image.linear_gradient("L").resize((32, 32)).save(mask)
-    flags = ["--init-image", str(start), "--mask", str(mask), "--strength", "0.6", "--dtype", "bfloat16", "--steps", "4"]
+    flags = [
+        "--init-image",
+        str(start),
+        "--mask",
+        str(mask),
+        "--strength",
+        "0.6",
+        "--dtype",
+        "bfloat16",
+        "--steps",
+        "4",
+    ]
     (path,) = files(draw("-p", "two", *flags))
     again = generate.run(["--from-image", str(path), "-o", str(tmp_path / "again"), "--json"])
     assert files(again)[0].read_bytes() == path.read_bytes()
@@ -221,7 +263,9 @@ def test_an_error_has_no_traceback(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "ldm.cli.generate", "-p", "two", "-m", str(tmp_path / "nothing"), "-o", str(tmp_path)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path / 'nothing'} is not a model folder and not a hub id of the form owner/name\n"
+    assert (
+        done.stderr == f"error: {tmp_path / 'nothing'} is not a model folder and not a hub id of the form owner/name\n"
+    )
 
 
 def test_no_prompt(refused: Any) -> None:
@@ -261,9 +305,12 @@ def test_a_bad_flag_is_named(refused: Any, tmp_path: Path, argv: list[str], mess
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("steps", "many"), ("prompt", 7), ("model", ["x"]), ("seed", 1.5), ("output", None), ("width", None)]
+    ("key", "value"),
+    [("steps", "many"), ("prompt", 7), ("model", ["x"]), ("seed", 1.5), ("output", None), ("width", None)],
 )
-def test_a_forged_text_chunk_is_refused_or_ignored(refused: Any, draw: Any, tmp_path: Path, key: str, value: Any) -> None:
+def test_a_forged_text_chunk_is_refused_or_ignored(
+    refused: Any, draw: Any, tmp_path: Path, key: str, value: Any
+) -> None:
     (path,) = files(draw("-p", "two", "--steps", "1"))
     stored = json.loads(chunks(path)["ldm"]) | {key: value}
     info = PngInfo()
@@ -278,7 +325,11 @@ def test_a_forged_text_chunk_is_refused_or_ignored(refused: Any, draw: Any, tmp_
 
 
 def test_a_file_in_the_place_of_the_output_folder_is_named(
-    draw: Any, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    draw: Any,
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "taken").write_text("")
     argv = ["ldm-generate", "-m", str(tiny_model_folder), "-p", "two", "--steps", "1", "-o", str(tmp_path / "taken")]
@@ -311,7 +362,9 @@ def damaged(tiny_model_folder: Path, tmp_path: Path) -> Path:
 def test_an_empty_folder(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = refused("-p", "two", "-m", str(tmp_path / "empty"))
-    assert f"{tmp_path / 'empty'} is not a model folder: it has no unet, vae, text_encoder, tokenizer, scheduler" in said
+    assert (
+        f"{tmp_path / 'empty'} is not a model folder: it has no unet, vae, text_encoder, tokenizer, scheduler" in said
+    )
 
 
 @pytest.mark.parametrize("name", [UNET, VAE, TEXT, "unet/config.json", "scheduler/scheduler_config.json"])
@@ -335,10 +388,8 @@ def test_truncated_weights(refused: Any, damaged: Path, name: str, length: int) 
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
-@pytest.mark.parametrize("text", ["{", "[]", "7", '{"model": 7}'])
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
 def test_wrong_json(refused: Any, damaged: Path, name: str, text: str) -> None:
-    if name == "ldm.json" and text.startswith('{"'):
-        return
     (damaged / name).write_text(text)
     assert str((damaged / name).parent) in refused("-p", "two", "-m", str(damaged))
 
@@ -373,6 +424,7 @@ def test_weights_of_another_model(refused: Any, damaged: Path, name: str, change
         ("scheduler/scheduler_config.json", "num_train_timesteps", None),
         ("scheduler/scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler"),
         ("tokenizer/tokenizer_config.json", "model_max_length", 1),
+        ("tokenizer/tokenizer.json", "model", 7),
         ("ldm.json", "num_inference_steps", "many"),
         ("ldm.json", "guidance_scale", [3]),
         ("ldm.json", "sampler", 5),

@@ -81,7 +81,9 @@ def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
         there = room(other)
         if other.split(".")[0] not in OWN or there == here or (here, there) in NEIGHBOURS:
             continue
-        assert there in LAYER_OF and (there != "ldm" or other == "ldm"), f"{name} imports {other}, which lies in no room"
+        assert there in LAYER_OF and (there != "ldm" or other == "ldm"), (
+            f"{name} imports {other}, which lies in no room"
+        )
         below = LAYER_OF[there] < LAYER_OF[here] or LAYER_OF[here] == 5
         assert below, f"{name} (layer {LAYER_OF[here]}) imports {other} (layer {LAYER_OF[there]})"
 

@@ -24,13 +24,24 @@ ROOT = Path(__file__).parent.parent
 STEPS = 6
 STAGE_ONE: dict[str, Any] = {
     "data": {"source": "shapes", "resolution": 32, "max_train_samples": 64, "max_validation_samples": 8},
-    "autoencoder": {"block_out_channels": [16, 32, 32], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8},
+    "autoencoder": {
+        "block_out_channels": [16, 32, 32],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+    },
     "loss": {"perceptual": 0.0, "kl": 1.0e-3, "discriminator": 0.2, "discriminator_start": 3},
     "perceptual": {"type": "none"},
     "discriminator": {"num_layers": 1, "base_channels": 8, "norm": "group"},
     "optimizer": {"learning_rate": 1.0e-4, "lr_warmup_steps": 2},
     "statistics_samples": 64,
-    "training": {"max_train_steps": STEPS, "train_batch_size": 8, "ema_decay": 0.9, "checkpointing_steps": 2, "logging_steps": 1},
+    "training": {
+        "max_train_steps": STEPS,
+        "train_batch_size": 8,
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+    },
     "validation": {"steps": 3, "num_images": 4},
 }
 STAGE_TWO: dict[str, Any] = {
@@ -55,7 +66,13 @@ STAGE_TWO: dict[str, Any] = {
     },
     "objective": {"snr_gamma": 5.0},
     "optimizer": {"learning_rate": 1.0e-3, "lr_warmup_steps": 2},
-    "training": {"max_train_steps": STEPS, "train_batch_size": 8, "ema_decay": 0.9, "checkpointing_steps": 2, "logging_steps": 1},
+    "training": {
+        "max_train_steps": STEPS,
+        "train_batch_size": 8,
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+    },
     "validation": {"steps": 3, "validation_prompts": ["a red circle", "a blue square"], "num_inference_steps": 2},
 }
 
@@ -114,7 +131,9 @@ def environment(**more: str) -> dict[str, str]:
 def begin(script: str, argv: list[str], patch: str, env: dict[str, str], core: int) -> subprocess.Popen[str]:
     """One process on one core, so that it computes with one thread."""
     cores = sorted(os.sched_getaffinity(0))
-    code = f"{patch}\nimport runpy, sys\nsys.argv = {[script, *argv]!r}\nrunpy.run_path({script!r}, run_name='__main__')"
+    code = (
+        f"{patch}\nimport runpy, sys\nsys.argv = {[script, *argv]!r}\nrunpy.run_path({script!r}, run_name='__main__')"
+    )
     return subprocess.Popen(
         [sys.executable, script, *argv] if not patch else [sys.executable, "-c", code],
         cwd=ROOT,
@@ -242,7 +261,9 @@ def test_stage_one_stopped_and_killed_ends_at_the_same_bits(autoencoder: Path, w
 
 def test_stage_one_on_two_processes_is_the_same_training(autoencoder: Path, workshop: Path) -> None:
     run = workshop / "two_autoencoders"
-    done = train_on_two("train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--training.train_batch_size", "4")
+    done = train_on_two(
+        "train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--training.train_batch_size", "4"
+    )
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     assert_same_curve(autoencoder, run)
     assert_weights_close(autoencoder, run, "vae", atol=1e-4)
@@ -277,7 +298,14 @@ def test_an_unknown_key_ends_with_a_suggestion(workshop: Path) -> None:
 
 def test_a_damaged_picture_never_reaches_the_autoencoder(workshop: Path) -> None:
     run = workshop / "poisoned_autoencoder"
-    argv = ["--config", config_file(run, STAGE_ONE), "--training.checkpointing_steps", "1", "--training.report_to", "none"]
+    argv = [
+        "--config",
+        config_file(run, STAGE_ONE),
+        "--training.checkpointing_steps",
+        "1",
+        "--training.report_to",
+        "none",
+    ]
     done = train("train_autoencoder.py", *argv, "--training.checkpoints_total_limit", "9", patch=POISONED_STAGE_ONE)
     assert done.returncode == 0, done.stderr
     assert "1 updates skipped" in done.stderr + done.stdout
@@ -321,7 +349,9 @@ def test_stage_two_writes_a_model_that_the_command_draws_with(ldm: Path, tmp_pat
     assert Image.open(tmp_path / "out.png").size == (32, 32)
 
 
-def test_stage_two_stopped_and_killed_ends_at_the_same_bits(ldm: Path, workshop: Path, stage_two: dict[str, Any]) -> None:
+def test_stage_two_stopped_and_killed_ends_at_the_same_bits(
+    ldm: Path, workshop: Path, stage_two: dict[str, Any]
+) -> None:
     run = workshop / "interrupted_ldm"
     command = ("train_ldm.py", "--config", config_file(run, stage_two))
     encoding = train(*command, patch=WHILE_ENCODING)
@@ -359,7 +389,9 @@ def test_accumulating_two_batches_is_the_same_training(ldm: Path, workshop: Path
     assert_weights_close(ldm, run, "unet", atol=1e-4)
 
 
-def test_a_dry_run_of_stage_two_writes_nothing(workshop: Path, stage_two: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_of_stage_two_writes_nothing(
+    workshop: Path, stage_two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, scratch = workshop / "dry_ldm", workshop / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -372,15 +404,24 @@ def test_a_dry_run_of_stage_two_writes_nothing(workshop: Path, stage_two: dict[s
 
 def test_a_non_finite_loss_never_reaches_the_network(workshop: Path, stage_two: dict[str, Any]) -> None:
     run = workshop / "poisoned_ldm"
-    argv = ["--config", config_file(run, stage_two), "--training.checkpointing_steps", "1", "--training.report_to", "none"]
+    argv = [
+        "--config",
+        config_file(run, stage_two),
+        "--training.checkpointing_steps",
+        "1",
+        "--training.report_to",
+        "none",
+    ]
     done = train("train_ldm.py", *argv, "--training.checkpoints_total_limit", "9", patch=POISONED_STAGE_TWO)
     assert done.returncode == 0, done.stderr
     assert "1 updates skipped" in done.stderr + done.stdout
     assert_untouched(run, ("network", "ema", "optimizer"))
 
 
-def test_settings_that_would_fail_at_the_first_validation_fail_at_once(workshop: Path, stage_two: dict[str, Any]) -> None:
-    run = workshop / "sampler"
-    done = train("train_ldm.py", "--config", config_file(run, stage_two), "--validation.sampler", "dimm")
+def test_a_size_that_would_fail_at_the_first_validation_fails_at_once(
+    workshop: Path, stage_two: dict[str, Any]
+) -> None:
+    run = workshop / "odd_size"
+    done = train("train_ldm.py", "--config", config_file(run, stage_two), "--data.resolution", "36")
     assert done.returncode == 2 and not (run / "latents").exists()
-    assert "`validation.sampler` is 'dimm'; accepted: ddim, " in done.stderr.splitlines()[-1]
+    assert done.stderr == "error: `data.resolution` is 36; this autoencoder and U-Net need a multiple of 8\n"

@@ -113,7 +113,7 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     resolution = args.resolution or vae.config.sample_size
     source = open_source(args.data, args.split, resolution, max_samples=args.num_samples)
     images = stacked(source, Transform(resolution), args.num_samples)
-    pairs = list(reconstruct(vae, (chunk.to(device) for chunk in images.split(32))))
+    pairs = list(reconstruct(vae, (chunk.to(device) for chunk in torch.split(images, 32))))
     x, y = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
     values = psnr(x, y)
     order = values.argsort()
@@ -129,7 +129,8 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     }
     if args.features == "efficientnet_lite0":
         distance = EfficientNetFeatureDistance()
-        metrics["perceptual_efficientnet_lite0"] = float(torch.cat([distance(b.cpu(), a.cpu()) for a, b in pairs]).mean())
+        distances = torch.cat([distance(b.cpu(), a.cpu()) for a, b in pairs])
+        metrics["perceptual_efficientnet_lite0"] = float(distances.mean())
     settings = {"model": args.model or "bundled", "data": source.name, "resolution": resolution}
     return {"suite": "reconstruction", "num_samples": len(x), "metrics": metrics, "settings": settings}, grid
 

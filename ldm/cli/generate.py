@@ -219,7 +219,7 @@ def _write(
 
 
 def png_text(settings: dict[str, Any]) -> PngInfo:
-    """The settings as text chunks: AUTOMATIC1111's `parameters`, and `ldm`, JSON from which the picture can be made again."""
+    """The settings as text chunks: AUTOMATIC1111's `parameters`, and `ldm`, JSON to make the picture again from."""
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

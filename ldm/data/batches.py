@@ -30,7 +30,7 @@ class PixelBatch:
         return PixelBatch(self.image.to(device, non_blocking=True), self.keys, self.rows, self.skipped)
 
 
-class TooManyBadSamples(ValueError):
+class TooManyBadSamples(ValueError):  # noqa: N818
     """More unreadable samples than `data.max_bad_fraction` allows; the message counts and names them."""
 
 
@@ -46,7 +46,7 @@ class SkipCounter:
         """Records one batch.
 
         Raises:
-            TooManyBadSamples: when the share of bad ones exceeds the limit; fewer than `grace` samples count as `grace`.
+            TooManyBadSamples: when the share of bad ones exceeds the limit; at least `grace` samples are counted.
         """
         self.seen += seen
         self.names.update(dict.fromkeys(skipped))
@@ -115,7 +115,7 @@ def pixel_batches(
     order = slots(plan, len(source), seed, first_step, last_step)
     loader = DataLoader(
         SlotDataset(source, transform),
-        batch_sampler=order,  # type: ignore[arg-type]
+        batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

@@ -4,8 +4,8 @@
     latents/shard_00000.safetensors  moments [n, 2C, h, w]
     latents/shard_00000.json         keys and captions of the same n entries
 
-Shards are written to a temporary name, flushed and renamed; a killed run goes on with the first missing one. With `random_flip`, every
-picture is followed by its mirror image.
+Shards are written to a temporary name, flushed and renamed; a killed run goes on with the first missing one. With
+`random_flip`, every picture is followed by its mirror image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
 FORMAT = 1
 
 
-class StaleCache(ValueError):
+class StaleCache(ValueError):  # noqa: N818
     """A cache made from other data, settings or weights; the message lists what differs."""
 
 
@@ -215,7 +215,7 @@ def _holds(entries: Path, indices: range) -> bool:
     """Whether a shard is there and was made from these samples; another `shard_size` cuts them differently."""
     if not entries.exists() or not entries.with_suffix(".safetensors").exists():
         return False
-    return json.loads(entries.read_text()).get("range") == [indices.start, indices.stop]
+    return bool(json.loads(entries.read_text()).get("range") == [indices.start, indices.stop])
 
 
 def _readable(source: Source, indices: range, skips: SkipCounter) -> list[Example]:

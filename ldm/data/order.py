@@ -25,8 +25,8 @@ class Slot:
 class BatchPlan:
     """How a global batch is dealt to processes and micro-batches.
 
-    Row `r` of the global batch belongs to micro-batch `r // (world * size)` and process `(r // size) % world`, so the set of
-    samples of a step does not change when processes are traded for accumulation.
+    Row `r` of the global batch belongs to micro-batch `r // (world * size)` and process `(r // size) % world`, so the
+    set of samples of a step does not change when processes are traded for accumulation.
     """
 
     size: int

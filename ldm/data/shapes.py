@@ -280,9 +280,7 @@ def _across(draws: _Draws, first: float, second: float, reach: float) -> tuple[f
     return (anchor, other) if first >= second else (other, anchor)
 
 
-def coverage(
-    kind: str, x: float, y: float, radius: float, columns: FloatArray, rows: FloatArray
-) -> FloatArray:
+def coverage(kind: str, x: float, y: float, radius: float, columns: FloatArray, rows: FloatArray) -> FloatArray:
     """Fraction of each pixel that a shape covers, [len(rows), len(columns)] in [0, 1].
 
     All lengths are in pixels; `columns` and `rows` are the coordinates of the pixel centres. The edge is a
@@ -381,9 +379,7 @@ def parse_caption(text: str) -> SceneSpec:
 class ShapesDataset:
     """Map-style data set over the first `size` scenes of a split; see `scene` and `render`."""
 
-    def __init__(
-        self, split: str, size: int, resolution: int, seed: int = 0, num_shapes: int | None = None
-    ) -> None:
+    def __init__(self, split: str, size: int, resolution: int, seed: int = 0, num_shapes: int | None = None) -> None:
         self.split = _split(split)
         self.size = _non_negative("size", size)
         self.resolution = resolution

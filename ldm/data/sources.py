@@ -61,8 +61,8 @@ def open_source(
 ) -> Source:
     """Opens a map-style source.
 
-    Data without splits of their own give every 50th example to `validation` (of fewer than 50, the last one) and the others
-    to `train`.
+    Data without splits of their own give every 50th example to `validation` (of fewer than 50, the last one) and the
+    others to `train`.
 
     Raises:
         ValueError: naming the source when it does not exist, has no such split or column, or is empty.
@@ -163,7 +163,7 @@ def _load(source: str, split: str, columns: Columns, streaming: bool = False) ->
     elif files or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (".parquet", ".tar"):
         raise ValueError(f"data.source {source!r} is neither a folder nor .parquet or .tar files")
     else:
-        rows = _undecoded(_load_hub(source, split, streaming), columns)
+        rows = _load_hub(source, split, columns, streaming)
     return rows
 
 
@@ -224,7 +224,7 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r}; it must be an object such as {{\"file_name\": ..., \"text\": ...}}")
+        raise ValueError(f'{where} is {row!r}; it must be an object such as {{"file_name": ..., "text": ...}}')
     return row
 
 
@@ -256,15 +256,17 @@ def _read(reader: str, files: Sequence[str], columns: Columns, streaming: bool) 
     return _undecoded(rows, columns)
 
 
-def _load_hub(source: str, split: str, streaming: bool) -> Any:
+def _load_hub(source: str, split: str, columns: Columns, streaming: bool) -> Any:
+    """A hub data set; one that has nothing but `train` is cut like a folder without splits."""
     from datasets import get_dataset_split_names, load_dataset
 
     try:
-        if split not in get_dataset_split_names(source):
-            return _held_out(load_dataset(source, split="train", streaming=streaming), source, split, streaming)
-        return load_dataset(source, split=split, streaming=streaming)
+        whole = get_dataset_split_names(source) == ["train"]
+        rows = load_dataset(source, split="train" if whole else split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.source {source!r} cannot be opened: {_first_line(error)}") from error
+    rows = _undecoded(rows, columns)
+    return _held_out(rows, source, split, streaming) if whole else rows
 
 
 def _first_line(error: Exception) -> str:

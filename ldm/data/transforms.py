@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 
 
-class BadImage(ValueError):
+class BadImage(ValueError):  # noqa: N818
     """A picture that cannot be used; the message says which and why."""
 
 
@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resize_and_crop(
     image: Image.Image, resolution: int, center_crop: bool = True, flip: bool = False, rng: random.Random | None = None
 ) -> Image.Image:
-    """The shorter side becomes `resolution` (Lanczos), then a square is cut: the middle one, or one drawn from `rng`."""
+    """The shorter side becomes `resolution` (Lanczos), then a square is cut: the middle, or one drawn from `rng`."""
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

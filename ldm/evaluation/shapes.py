@@ -12,7 +12,7 @@ from ldm.evaluation.shapes_scorer import Score, aggregate, score
 from ldm.pipeline import TextToImage
 
 SPLITS = {"train": "validation", "heldout": "heldout"}
-"""What a split is called in the report -> the scenes it takes: new ones of the training distribution, and unseen ones."""
+"""What a split is called in the report -> its scenes: new ones of the training distribution, and unseen ones."""
 
 
 def evaluate_shapes(

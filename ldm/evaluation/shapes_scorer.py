@@ -137,9 +137,7 @@ def _regions(mask: BoolArray) -> list[BoolArray]:
     """Connected regions (8 neighbours) of at least `MIN_AREA`, the largest first."""
     labels = _label(mask)
     areas = np.bincount(labels.ravel())[1:]
-    order = [
-        int(i) for i in np.argsort(-areas, kind="stable")[:MAX_SHAPES] if areas[i] >= MIN_AREA * mask.size
-    ]
+    order = [int(i) for i in np.argsort(-areas, kind="stable")[:MAX_SHAPES] if areas[i] >= MIN_AREA * mask.size]
     return [labels == i + 1 for i in order]
 
 
@@ -177,9 +175,7 @@ def _join(runs: Sequence[tuple[int, int, int]]) -> list[int]:
     return [root(i) for i in range(len(runs))]
 
 
-def _read_shape(
-    pixels: FloatArray, ground: FloatArray, regions: Sequence[BoolArray], index: int
-) -> ReadShape:
+def _read_shape(pixels: FloatArray, ground: FloatArray, regions: Sequence[BoolArray], index: int) -> ReadShape:
     region, side = regions[index], len(pixels)
     color, box = _interior_color(pixels, region), _box(region, margin=3)
     opacity = _opacity(pixels[box], ground, color, region[box])
@@ -358,10 +354,7 @@ def aggregate(scores: Sequence[Score]) -> dict[str, float | None]:
     """
     if not scores:
         raise ValueError("scores is empty; accepted: one score or more")
-    return {
-        name: _mean([getattr(s, name) for s in scores])
-        for name in ("scene", "kind", "color", "size", "relation")
-    }
+    return {name: _mean([getattr(s, name) for s in scores]) for name in ("scene", "kind", "color", "size", "relation")}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

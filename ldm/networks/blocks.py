@@ -18,9 +18,7 @@ class ResnetBlock2D(nn.Module):
     With "scale_shift" the embedding modulates the second norm (Dhariwal & Nichol 2021, section 3, AdaGN).
     """
 
-    def __init__(
-        self, config: UNetConfig, in_channels: int, out_channels: int, output_scale: float = 1.0
-    ) -> None:
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, output_scale: float = 1.0) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.act_fn]
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
@@ -87,25 +85,19 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(config, width, level.channels, output_scale) for width in inputs
-        )
+        self.resnets = nn.ModuleList(ResnetBlock2D(config, width, level.channels, output_scale) for width in inputs)
         self.attentions = nn.ModuleList(
             _transformer(config, level) for _ in range(attentions if level.depth > 0 else 0)
         )
 
-    def run_layer(
-        self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def run_layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """Resnet `index`, then transformer `index` if there is one: [B, in, H, W] to [B, C, H, W]."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             x = checkpoint(self._layer, index, x, emb, context, mask, use_reentrant=False)
             return x
         return self._layer(index, x, emb, context, mask)
 
-    def _layer(
-        self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def _layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[index](x, emb)
         return self.attentions[index](x, context, mask) if index < len(self.attentions) else x
 
@@ -157,9 +149,7 @@ class UpBlock2D(Stage):
     `in_channels` is the width of what comes from below, `skip_channels` that of the next finer level.
     """
 
-    def __init__(
-        self, config: UNetConfig, level: Level, in_channels: int, skip_channels: int, upsample: bool
-    ) -> None:
+    def __init__(self, config: UNetConfig, level: Level, in_channels: int, skip_channels: int, upsample: bool) -> None:
         below = [in_channels] + [level.channels] * level.layers
         skips = [level.channels] * level.layers + [skip_channels]
         inputs = [a + b for a, b in zip(below, skips, strict=True)]

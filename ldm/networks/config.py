@@ -124,9 +124,7 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping for `unet/config.json`, which diffusers' `UNet2DConditionModel.from_config` reads."""
-        values = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"_class_name": "UNet2DConditionModel", **values}
 
     @property
@@ -136,16 +134,12 @@ class UNetConfig:
 
     def down_levels(self) -> list[Level]:
         """The levels of the contracting path, finest first."""
-        return [
-            self._level(i, name == "CrossAttnDownBlock2D") for i, name in enumerate(self.down_block_types)
-        ]
+        return [self._level(i, name == "CrossAttnDownBlock2D") for i, name in enumerate(self.down_block_types)]
 
     def up_levels(self) -> list[Level]:
         """The levels of the expanding path, coarsest first: the order in which they run."""
         last = len(self.up_block_types) - 1
-        return [
-            self._level(last - i, name == "CrossAttnUpBlock2D") for i, name in enumerate(self.up_block_types)
-        ]
+        return [self._level(last - i, name == "CrossAttnUpBlock2D") for i, name in enumerate(self.up_block_types)]
 
     def mid_level(self) -> Level:
         """The bottleneck: the coarsest level's widths."""
@@ -219,9 +213,7 @@ def _tuples(value: Any) -> Any:
 
 def _check_fixed(key: str, value: object) -> None:
     if key not in FIXED_KEYS:
-        raise ValueError(
-            f"`{key}` is not a key of a U-Net config (its value: {value!r}); accepted: {_keys()}"
-        )
+        raise ValueError(f"`{key}` is not a key of a U-Net config (its value: {value!r}); accepted: {_keys()}")
     accepted = FIXED_KEYS[key]
     if value != accepted or isinstance(value, bool) != isinstance(accepted, bool):
         raise ValueError(f"`{key}` is {value!r}; this U-Net implements {accepted!r} only")

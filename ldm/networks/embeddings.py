@@ -35,9 +35,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, f
         float32 [N, dim] in [-1, 1].
     """
     half = dim // 2
-    exponents = (
-        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    )
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * exponents.exp()[None, :]
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))

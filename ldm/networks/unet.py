@@ -141,9 +141,7 @@ class UNet(nn.Module):
         safetensors.torch.save_file(state, partial, metadata={"format": "pt"})
         _publish(partial, path / WEIGHTS_NAME)
         partial = path / f"{CONFIG_NAME}.partial"
-        partial.write_text(
-            json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        partial.write_text(json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _publish(partial, path / CONFIG_NAME)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -165,9 +163,7 @@ class UNet(nn.Module):
         emb: Tensor = self.time_embedding(self.waves(times).to(x.dtype), time_cond)
         if self.class_embedding is not None and class_labels is not None:
             by_time = self.config.class_embed_type == "timestep"
-            emb = emb + self.class_embedding(
-                self.waves(class_labels).to(x.dtype) if by_time else class_labels
-            )
+            emb = emb + self.class_embedding(self.waves(class_labels).to(x.dtype) if by_time else class_labels)
         if self.add_embedding is not None and pooled is not None:
             emb = emb + self.add_embedding(pooled.to(x.dtype), size_ids)
         return self.activation(emb)
@@ -197,18 +193,14 @@ def _require_given(name: str, value: Tensor | None, needed: bool) -> None:
 
 def _refuse_given(name: str, value: Tensor | None, accepted: bool) -> None:
     if value is not None and not accepted:
-        raise ValueError(
-            f"`{name}` is a tensor of shape {list(value.shape)}; this U-Net's config accepts None only"
-        )
+        raise ValueError(f"`{name}` is a tensor of shape {list(value.shape)}; this U-Net's config accepts None only")
 
 
 def _attention_mask(context_mask: Tensor | None) -> Tensor | None:
     if context_mask is None:
         return None
     if context_mask.dtype != torch.bool:
-        raise ValueError(
-            f"`context_mask` has dtype {context_mask.dtype}; it must be torch.bool, True to attend"
-        )
+        raise ValueError(f"`context_mask` has dtype {context_mask.dtype}; it must be torch.bool, True to attend")
     return context_mask[:, None, None, :]
 
 
@@ -230,9 +222,7 @@ def _class_embedding(config: UNetConfig) -> nn.Module | None:
 def _add_embedding(config: UNetConfig) -> TextTimeEmbedding | None:
     if config.addition_time_embed_dim is None or config.addition_embed_type is None:
         return None
-    return TextTimeEmbedding(
-        _projected(config), config.time_embed_dim, _waves(config, config.addition_time_embed_dim)
-    )
+    return TextTimeEmbedding(_projected(config), config.time_embed_dim, _waves(config, config.addition_time_embed_dim))
 
 
 def _projected(config: UNetConfig) -> int:
@@ -240,18 +230,14 @@ def _projected(config: UNetConfig) -> int:
 
 
 def _waves(config: UNetConfig, dim: int) -> Callable[[Tensor], Tensor]:
-    return partial(
-        sinusoidal_embedding, dim=dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
-    )
+    return partial(sinusoidal_embedding, dim=dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
 
 def _down_blocks(config: UNetConfig) -> nn.ModuleList:
     levels = config.down_levels()
     inputs = [config.block_out_channels[0], *config.block_out_channels]
     last = len(levels) - 1
-    return nn.ModuleList(
-        DownBlock2D(config, level, inputs[i], downsample=i < last) for i, level in enumerate(levels)
-    )
+    return nn.ModuleList(DownBlock2D(config, level, inputs[i], downsample=i < last) for i, level in enumerate(levels))
 
 
 def _up_blocks(config: UNetConfig) -> nn.ModuleList:
@@ -264,9 +250,7 @@ def _up_blocks(config: UNetConfig) -> nn.ModuleList:
     )
 
 
-def _add_residuals(
-    x: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _add_residuals(x: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     if len(residuals) != len(skips) + 1:
         raise ValueError(
             f"`residuals` has {len(residuals)} tensors; this U-Net takes {len(skips) + 1}, "

@@ -21,9 +21,7 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
-def to_x0_eps(
-    raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType
-) -> Prediction:
+def to_x0_eps(raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Prediction:
     """The pair (x0, eps) that a raw network output stands for.
 
     `raw` and `x_t` have one shape, `alpha` and `sigma` broadcast to it. "epsilon" needs alpha > 0 and
@@ -39,9 +37,7 @@ def to_x0_eps(
             return Prediction(x0=raw, eps=(x_t - alpha * raw) / sigma)
 
 
-def from_x0_eps(
-    x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType
-) -> Tensor:
+def from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
     """The raw output (the training target) that stands for (x0, eps): the inverse of `to_x0_eps`.
 
     `x0` and `eps` have one shape, `alpha` and `sigma` broadcast to it. Raises ValueError for an unknown type.

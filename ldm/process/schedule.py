@@ -38,8 +38,7 @@ class NoiseSchedule:
         table = self.alphas_cumprod
         if table.dtype != torch.float64 or table.ndim != 1 or len(table) == 0 or table.device.type != "cpu":
             raise ValueError(
-                f"alphas_cumprod is {table.dtype} {list(table.shape)} on {table.device}; "
-                "accepted: float64 [T] on cpu"
+                f"alphas_cumprod is {table.dtype} {list(table.shape)} on {table.device}; accepted: float64 [T] on cpu"
             )
         falls = (table[1:] <= table[:-1]).all()
         if not (falls and (table < 1).all() and (table[:-1] > 0).all() and table[-1] >= 0):
@@ -115,9 +114,7 @@ class NoiseSchedule:
         last = self.num_train_timesteps - 1
         falls = timesteps.ndim == 1 and len(timesteps) > 0 and (timesteps[1:] < timesteps[:-1]).all()
         if not (falls and timesteps[0] <= last and timesteps[-1] >= 0):
-            raise ValueError(
-                f"timesteps are {timesteps.tolist()}; accepted: falling strictly within [0, {last}]"
-            )
+            raise ValueError(f"timesteps are {timesteps.tolist()}; accepted: falling strictly within [0, {last}]")
         return torch.cat([self._alpha_bar64(timesteps), torch.tensor([final], dtype=torch.float64)])
 
     def _alpha_bar64(self, t: Tensor) -> Tensor:
@@ -203,9 +200,7 @@ class DiffusionConfig:
                 "accepted: at least 1 and at least 0"
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type is 'epsilon' with rescale_betas_zero_snr; accepted: v_prediction, sample"
-            )
+            raise ValueError("prediction_type is 'epsilon' with rescale_betas_zero_snr; accepted: v_prediction, sample")
 
     def schedule(self) -> NoiseSchedule:
         """The table that these settings describe."""

@@ -14,9 +14,7 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 TIMESTEP_SPACINGS: tuple[TimestepSpacing, ...] = get_args(TimestepSpacing)
 
 
-def timesteps(
-    num_steps: int, num_train_timesteps: int, spacing: TimestepSpacing, steps_offset: int = 0
-) -> Tensor:
+def timesteps(num_steps: int, num_train_timesteps: int, spacing: TimestepSpacing, steps_offset: int = 0) -> Tensor:
     """`num_steps` indices of the trained table, int64 [num_steps], falling, in [0, num_train_timesteps - 1].
 
     "leading" counts up from `steps_offset` in equal strides, "trailing" down from the last index; "linspace"
@@ -25,9 +23,7 @@ def timesteps(
     spacing or number of steps.
     """
     if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(
-            f"num_steps is {num_steps}; accepted: 1 to {num_train_timesteps}, the trained timesteps"
-        )
+        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {num_train_timesteps}, the trained timesteps")
     check_choice("spacing", spacing, TIMESTEP_SPACINGS)
     match spacing:
         case "leading":

@@ -67,7 +67,5 @@ def _concatenate_values(key: str, first: Tensor | None, second: Tensor | None) -
     if first is None and second is None:
         return None
     if first is None or second is None:
-        raise ValueError(
-            f"{key!r} is None in one condition only; accepted: a tensor in both, or None in both"
-        )
+        raise ValueError(f"{key!r} is None in one condition only; accepted: a tensor in both, or None in both")
     return torch.cat([first, second])

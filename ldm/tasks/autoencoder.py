@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autoencoder import LossWeights, Reconstruction, adaptive_weight, discriminator_loss, generator_loss, last_layer_gradient, nll
+from autoencoder import (
+    LossWeights,
+    Reconstruction,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    last_layer_gradient,
+    nll,
+)
 from autoencoder.perceptual import FeatureDistance
 from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
@@ -28,8 +36,9 @@ class GeneratorLoss(NamedTuple):
 class AutoencoderTask:
     """The parts of stage one, built and placed.
 
-    `model` and `discriminator` may be wrapped for distributed training; `bare_discriminator` is the same network without its
-    wrapper, for the pass in which it takes no gradient. `reduce_mean` averages a tensor over all processes.
+    `model` and `discriminator` may be wrapped for distributed training; `bare_discriminator` is the same network
+    without its wrapper, for the pass in which it takes no gradient. `reduce_mean` averages a tensor over all
+    processes.
     """
 
     model: nn.Module
@@ -44,11 +53,13 @@ class AutoencoderTask:
     def generator_loss(self, batch: PixelBatch, step: int) -> GeneratorLoss:
         """reconstruction + perceptual + KL, and the adversarial term from `discriminator_start` on.
 
-        The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021, eq. 7)
-        follows from them by one weight gradient of the last convolution, so the decoder is walked back only once. The
-        surrogate <image, gradient> has exactly that gradient. The discriminator's own gradients are left alone.
+        The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021,
+        eq. 7) follows from them by one weight gradient of the last convolution, so the decoder is walked back only
+        once. The surrogate <image, gradient> has exactly that gradient. The discriminator's own gradients are left
+        alone.
         """
-        noise = randn_rows((len(batch.rows), *self.latent_shape), [generator(self.seed, "latent", step, row) for row in batch.rows])
+        rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
+        noise = randn_rows((len(rows), *self.latent_shape), rows)
         out: Reconstruction = self.model(batch.image, noise.to(batch.image.device))
         leaf = out.image.detach().float().requires_grad_()
         distance = self._distance(leaf, batch.image)
@@ -76,7 +87,8 @@ class AutoencoderTask:
     def _distance(self, image: Tensor, target: Tensor) -> Tensor:
         if self.perceptual is None or self.weights.perceptual == 0:
             return image.new_zeros(len(image))
-        return self.perceptual(image, target)
+        distance: Tensor = self.perceptual(image, target)
+        return distance
 
     def _adversarial(self, leaf: Tensor, features: Tensor, nll_gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         g_loss = generator_loss(self.bare_discriminator(leaf).float())

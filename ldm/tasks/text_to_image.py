@@ -46,8 +46,9 @@ class TextToImageTask:
     def loss(self, batch: LatentBatch, step: int, global_size: int) -> dict[str, Tensor]:
         """DDPM's Algorithm 1 (Ho et al. 2020) with captions dropped for classifier-free guidance (Ho & Salimans 2022).
 
-        Every row draws from its own generator, keyed by (seed, step, row), so the draws do not depend on how rows are spread
-        over processes. Timesteps are stratified over the global batch: u = frac(u_0 + row / B) (Kingma et al. 2021, app. I.1).
+        Every row draws from its own generator, keyed by (seed, step, row), so the draws do not depend on how rows are
+        spread over processes. Timesteps are stratified over the global batch: u = frac(u_0 + row / B) (Kingma et al.
+        2021, app. I.1).
         """
         device = batch.moments.device
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]

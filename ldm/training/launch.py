@@ -31,7 +31,7 @@ REPEAT_SECONDS = 2.0
 
 
 def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
-    """The accelerator: devices, precision and accumulation. On CPU everything is computed in fp32, whatever the config says."""
+    """The accelerator: devices, precision and accumulation. On CPU everything is fp32, whatever the config says."""
     keep_heap()
     use_all_cores()
     stop_with_parent()
@@ -95,7 +95,7 @@ def mean_over_processes(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """A function that averages a tensor over all processes; the identity for a single one."""
     if accelerator.num_processes == 1:
         return lambda value: value
-    return lambda value: accelerator.reduce(value, reduction="mean")  # type: ignore[no-any-return]
+    return lambda value: accelerator.reduce(value, reduction="mean")
 
 
 def clip(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -148,7 +148,8 @@ def dry_run_report(seconds_per_step: float, steps: int) -> str:
     memory = f"peak memory so far {peak_memory():.2f} GiB"
     if torch.cuda.is_available():
         memory += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    return f"{seconds_per_step:.3f} s per step, about {seconds_per_step * steps / 60:.1f} min for {steps} steps; {memory}"
+    minutes = seconds_per_step * steps / 60
+    return f"{seconds_per_step:.3f} s per step, about {minutes:.1f} min for {steps} steps; {memory}"
 
 
 def run_command(main: Callable[[], None]) -> None:

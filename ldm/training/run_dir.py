@@ -1,8 +1,8 @@
 """The run folder: `config.yaml`, `state/step_000500/`, `export/`, `samples/`, `logs/`, `metrics.jsonl`.
 
 A state is a folder of safetensors and JSON files. It is written under a temporary name, each file flushed to disk and
-hashed, the manifest last, and then renamed; reading checks every hash, so a half-written or damaged state is named and passed
-over and the newest intact one is used. There is no pickle.
+hashed, the manifest last, and then renamed; reading checks every hash, so a half-written or damaged state is named and
+passed over and the newest intact one is used. There is no pickle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class RunDir:
         """Takes the folder's lock, compares its config with this one's, and writes config.yaml.
 
         Raises:
-            ConfigError: when the folder is used and resuming is refused, is in use by another process, or its config differs.
+            ConfigError: when the folder is used and resuming is refused, in use by another process, or its config
+            differs.
         """
         if launch.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not empty and --resume never was given; choose another output_dir")
@@ -82,7 +83,7 @@ class RunDir:
         self._prune(step, keep)
 
     def _prune(self, step: int, keep: int) -> None:
-        """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would have started from it."""
+        """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would start from it."""
         states = self.complete()
         reached = [folder for folder in states if _step(folder) <= step]
         for folder in states:
@@ -108,7 +109,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-class DamagedState(ValueError):
+class DamagedState(ValueError):  # noqa: N818
     """A state whose files are missing or differ from their hashes."""
 
 

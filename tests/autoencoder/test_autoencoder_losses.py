@@ -75,9 +75,7 @@ def test_hinge_by_hand() -> None:
 def test_vanilla_equals_binary_cross_entropy() -> None:
     real, fake = torch.randn(2, 1, 4, 4, generator=rng(6)), torch.randn(2, 1, 4, 4, generator=rng(7))
     cross_entropy = F.binary_cross_entropy_with_logits
-    expected = 0.5 * (
-        cross_entropy(real, torch.ones_like(real)) + cross_entropy(fake, torch.zeros_like(fake))
-    )
+    expected = 0.5 * (cross_entropy(real, torch.ones_like(real)) + cross_entropy(fake, torch.zeros_like(fake)))
     assert_close(vanilla_d_loss(real, fake), expected)
 
 
@@ -90,9 +88,7 @@ def test_discriminator_loss_picks_by_kind() -> None:
 
 
 def test_adaptive_weight_by_hand_and_clamped() -> None:
-    assert adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])).item() == pytest.approx(
-        5 / 2.0001
-    )
+    assert adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])).item() == pytest.approx(5 / 2.0001)
     assert adaptive_weight(torch.tensor([1e6]), torch.zeros(1)).item() == pytest.approx(1e4)
     assert adaptive_weight(torch.zeros(1), torch.ones(1)).item() == 0.0
     assert not adaptive_weight(torch.ones(1, requires_grad=True), torch.ones(1)).requires_grad
@@ -115,9 +111,7 @@ def test_weights_are_the_published_ones_and_checked() -> None:
         LossWeights(kl=-1.0)
 
 
-def losses_at(
-    model: AutoencoderKL, critic: PatchDiscriminator, target: Tensor
-) -> tuple[Any, Tensor, Tensor, Tensor]:
+def losses_at(model: AutoencoderKL, critic: PatchDiscriminator, target: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
     shape = model.moments(target).chunk(2, 1)[0].shape
     out = model(target, torch.randn(shape, generator=rng(12)).to(target))
     distance = (out.image - target).square().mean((1, 2, 3))
@@ -139,9 +133,7 @@ def test_fast_path_equals_gradients_taken_at_the_last_layer() -> None:
     expected = torch.autograd.grad(nll_loss + kl + 0.5 * slow * g_loss, list(model.parameters()))
 
     out, nll_loss, g_loss, kl = losses_at(model, critic, target)
-    gradient, fast = generator_image_gradient(
-        nll_loss, g_loss, out.image, out.features, model.last_layer, 0.5
-    )
+    gradient, fast = generator_image_gradient(nll_loss, g_loss, out.image, out.features, model.last_layer, 0.5)
     critic.zero_grad()
     torch.autograd.backward([out.image, kl], [gradient, None])
 
@@ -164,9 +156,7 @@ def test_last_layer_gradient_equals_autograd() -> None:
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("spectral", [False, True])
 def test_discriminator_scores_patches(norm: str, spectral: bool) -> None:
-    critic = PatchDiscriminator(
-        base_channels=8, num_layers=3, norm=norm, spectral_norm=spectral, generator=rng(16)
-    )
+    critic = PatchDiscriminator(base_channels=8, num_layers=3, norm=norm, spectral_norm=spectral, generator=rng(16))
     logits = critic(images(17, 64))
     assert logits.shape == (2, 1, 6, 6)
     logits.sum().backward()

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, LatentCodec, LatentStatistics, fold_into_convolutions
+from autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    DiagonalGaussian,
+    LatentCodec,
+    LatentStatistics,
+    fold_into_convolutions,
+)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -63,9 +70,7 @@ def test_scale_and_shift_do_not_touch_the_decoded_image(images: Tensor) -> None:
     vae = small_autoencoder()
     plain = LatentCodec(vae, 1.0)
     channels = LatentCodec(vae, torch.tensor([0.5, 2.0, 1.0, 0.1]), torch.tensor([1.0, -2.0, 0.0, 3.0]))
-    assert_close(
-        channels.decode(channels.encode(images)), plain.decode(plain.encode(images)), atol=1e-4, rtol=1e-4
-    )
+    assert_close(channels.decode(channels.encode(images)), plain.decode(plain.encode(images)), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -43,9 +43,7 @@ def metrics(efficientnet: EfficientNetFeatureDistance, squeeze_weights: Path) ->
 
 
 @pytest.mark.parametrize("name", ["efficientnet", "lpips"])
-def test_distance_is_zero_on_itself_and_grows_with_noise(
-    name: str, metrics: dict[str, FeatureDistance]
-) -> None:
+def test_distance_is_zero_on_itself_and_grows_with_noise(name: str, metrics: dict[str, FeatureDistance]) -> None:
     target = torch.nn.functional.interpolate(images(1, 8), scale_factor=8.0, mode="bilinear")
     noise = images(2)
     distances = [metrics[name](target + level * noise, target) for level in (0.0, 0.05, 0.3)]

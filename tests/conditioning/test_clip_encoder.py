@@ -72,9 +72,7 @@ def test_null_is_the_empty_prompt(tokenizer: ClipTokenizer, model: ClipTextModel
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_trainable_decides_about_gradients(
-    tokenizer: ClipTokenizer, model: ClipTextModel, trainable: bool
-) -> None:
+def test_trainable_decides_about_gradients(tokenizer: ClipTokenizer, model: ClipTextModel, trainable: bool) -> None:
     encoder = ClipTextEncoder(tokenizer, model, trainable=trainable)
     context = encoder(encoder.tokenize(PROMPTS)).context
     assert context.requires_grad is trainable

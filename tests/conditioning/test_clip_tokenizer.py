@@ -20,9 +20,7 @@ LENGTH = 24
 COLORS = ["red", "green", "blue", "yellow", "purple", "white", "black", "gray"]
 KINDS = ["circle", "square", "triangle", "star", "photograph", "photo", "background"]
 GLUE = ["a", "small", "large", "above", "below", "to", "the", "left", "right", "of", "on"]
-WORDS = (
-    COLORS + KINDS + GLUE + ["naïve", "café", "don't", "it's", "we've", "東京", "2024", "🎨", "well-known"]
-)
+WORDS = COLORS + KINDS + GLUE + ["naïve", "café", "don't", "it's", "we've", "東京", "2024", "🎨", "well-known"]
 TEXTS = [
     "",
     " ",
@@ -114,9 +112,7 @@ def test_saved_folder_gives_transformers_the_same_ids(tokenizer: ClipTokenizer, 
     assert torch.equal(ids, reference_ids(folder, ALL_TEXTS))
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     assert auto.model_max_length == LENGTH
-    assert torch.equal(
-        ids, auto(ALL_TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    )
+    assert torch.equal(ids, auto(ALL_TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids)
 
 
 @pytest.mark.parametrize("length", [2, 3, 24, 77])

@@ -11,9 +11,7 @@ from torch import Tensor
 from conditioning import Conditioning
 
 
-def rows(
-    count: int, offset: int = 0, mask: bool = True, pooled: bool = True, length: int = 3
-) -> Conditioning:
+def rows(count: int, offset: int = 0, mask: bool = True, pooled: bool = True, length: int = 3) -> Conditioning:
     """Row i holds the value offset + i in every field (the mask its parity)."""
     value = torch.arange(offset, offset + count, dtype=torch.float32)
     return Conditioning(
@@ -35,9 +33,7 @@ def values(conditioning: Conditioning) -> list[float]:
     return value.tolist()
 
 
-FIELDS = pytest.mark.parametrize(
-    ("mask", "pooled"), [(True, True), (True, False), (False, True), (False, False)]
-)
+FIELDS = pytest.mark.parametrize(("mask", "pooled"), [(True, True), (True, False), (False, True), (False, False)])
 
 
 @FIELDS

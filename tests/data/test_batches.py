@@ -97,7 +97,9 @@ def test_no_usable_sample_at_all_ends() -> None:
 def test_too_many_bad_samples_end_the_run_and_are_named() -> None:
     counter = SkipCounter(0.02)
     counter.add(10, ("a: damaged", "b: damaged"))
-    with pytest.raises(TooManyBadSamples, match=r"3 of 20 .*data\.max_bad_fraction 0\.02 .*a: damaged; b: damaged; c: damaged"):
+    with pytest.raises(
+        TooManyBadSamples, match=r"3 of 20 .*data\.max_bad_fraction 0\.02 .*a: damaged; b: damaged; c: damaged"
+    ):
         counter.add(10, ("c: damaged",))
 
 

@@ -83,7 +83,9 @@ def test_a_cache_holds_what_the_encoder_gives(tmp_path: Path, shard_size: int) -
     cache = finish(tmp_path, source, chosen, shard_size)
     assert is_complete(tmp_path) and len(cache) == 10
     order = [9, 0, 3, 3, 4, 8]
-    torch.testing.assert_close(cache.gather(order), torch.stack([moments_of(source, i) for i in order]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        cache.gather(order), torch.stack([moments_of(source, i) for i in order]), atol=1e-6, rtol=0
+    )
     assert cache.captions == [[f"{i} a", f"{i} b"] for i in range(10)] and cache.keys[7] == "key 7"
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -129,7 +131,10 @@ def test_shards_of_another_size_are_made_again(tmp_path: Path) -> None:
     [
         ({"autoencoder": "def"}, "autoencoder was 'abc', is now 'def'"),
         ({"resolution": 8}, "resolution was 4, is now 8"),
-        ({"source": "others", "num_samples": 11}, "source was 'pictures', is now 'others'; num_samples was 10, is now 11"),
+        (
+            {"source": "others", "num_samples": 11},
+            "source was 'pictures', is now 'others'; num_samples was 10, is now 11",
+        ),
     ],
 )
 def test_a_stale_cache_is_refused_with_the_reason(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
@@ -170,7 +175,9 @@ def test_unreadable_pictures_are_left_out_and_a_shard_may_be_empty(tmp_path: Pat
     build_cache(tmp_path, source, chosen, encode, 3, 4, skips, progress=seen.append)
     cache = finish(tmp_path, source, chosen)
     assert cache.keys == ["key 4", "key 5", "key 7"] and [len(block) for block in cache.moments] == [0, 3, 0]
-    torch.testing.assert_close(cache.gather([2, 0]), torch.stack([moments_of(source, i) for i in (7, 4)]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        cache.gather([2, 0]), torch.stack([moments_of(source, i) for i in (7, 4)]), atol=1e-6, rtol=0
+    )
     assert sum(seen) == skips.seen == 9 and list(skips.names) == [f"sample {i}: damaged" for i in (0, 1, 2, 3, 6, 8)]
 
 
@@ -206,7 +213,9 @@ def test_two_processes_may_write_the_settings_at_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert all(json.loads((tmp_path / f"{n}" / "settings.json").read_text())["autoencoder"] == "abc" for n in range(100))
+    assert all(
+        json.loads((tmp_path / f"{n}" / "settings.json").read_text())["autoencoder"] == "abc" for n in range(100)
+    )
 
 
 def test_batches_take_moments_by_position_and_draw_captions(tmp_path: Path) -> None:
@@ -221,7 +230,9 @@ def test_batches_take_moments_by_position_and_draw_captions(tmp_path: Path) -> N
         assert all(caption in cache.captions[s.index] for caption, s in zip(batch.captions, rows, strict=True))
     assert len({caption for batch in batches for caption in batch.captions}) == 20
     tail = list(latent_batches(cache, plan, 5, 7, 20))
-    assert all(a.captions == b.captions and torch.equal(a.moments, b.moments) for a, b in zip(batches[14:], tail, strict=True))
+    assert all(
+        a.captions == b.captions and torch.equal(a.moments, b.moments) for a, b in zip(batches[14:], tail, strict=True)
+    )
 
 
 def test_captions_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:

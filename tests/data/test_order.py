@@ -52,7 +52,16 @@ def test_starting_late_continues_the_same_order() -> None:
 
 
 def test_seeds_depend_on_every_part_of_the_key() -> None:
-    keys: list[tuple[int | str, ...]] = [(0,), (1,), (0, 1), (1, 0), ("0",), (0, "noise", 1), (0, "noise", 2), (0, "nois", "e1")]
+    keys: list[tuple[int | str, ...]] = [
+        (0,),
+        (1,),
+        (0, 1),
+        (1, 0),
+        ("0",),
+        (0, "noise", 1),
+        (0, "noise", 2),
+        (0, "nois", "e1"),
+    ]
     seeds = [seed_of(*key) for key in keys]
     assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
     first = torch.rand(4, generator=generator(0, "x"))

@@ -47,13 +47,8 @@ def test_a_scene_is_a_function_of_its_index_in_another_process() -> None:
 
 
 def test_the_published_stream_never_changes() -> None:
-    pixels = b"".join(
-        shapes.render(shapes.scene(i, split), 64).tobytes() for split in SPLITS for i in range(50)
-    )
-    assert (
-        hashlib.sha256(pixels).hexdigest()
-        == "cdb46d0bedac9114faf643ccb56aed23e96841a1984b36e1325dcffb6f975b75"
-    )
+    pixels = b"".join(shapes.render(shapes.scene(i, split), 64).tobytes() for split in SPLITS for i in range(50))
+    assert hashlib.sha256(pixels).hexdigest() == "cdb46d0bedac9114faf643ccb56aed23e96841a1984b36e1325dcffb6f975b75"
 
 
 def test_splits_seeds_and_indices_give_different_scenes() -> None:
@@ -103,9 +98,7 @@ def test_the_relation_is_true_and_its_axis_dominates(split: str) -> None:
             continue
         a, b = drawn.shapes
         right, down = b.x - a.x, b.y - a.y
-        along = {"above": down, "below": -down, "to the left of": right, "to the right of": -right}[
-            drawn.relation
-        ]
+        along = {"above": down, "below": -down, "to the left of": right, "to the right of": -right}[drawn.relation]
         across = right if drawn.relation in ("above", "below") else down
         assert along > 0
         assert abs(across) <= 0.4 * along + 1e-9
@@ -232,9 +225,7 @@ def test_other_text_is_refused_by_name(text: str) -> None:
 def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     """Corners of a kind around the centre of its bounding box, from textbook polygons."""
     if kind == "square":
-        return [
-            (x + sx * 0.9 * radius, y + sy * 0.9 * radius) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
-        ]
+        return [(x + sx * 0.9 * radius, y + sy * 0.9 * radius) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
     if kind == "triangle":
         height = 1.2 * math.sqrt(3) * radius
         return [(x, y - height / 2), (x + 1.2 * radius, y + height / 2), (x - 1.2 * radius, y + height / 2)]
@@ -253,9 +244,7 @@ def test_rendering_matches_pillow_supersampled(kind: str, resolution: int) -> No
     drawing = Image.new("RGB", (fine, fine), shapes.BACKGROUNDS["white"])
     x, y, radius = (value * fine for value in (placed.x, placed.y, placed.radius))
     if kind == "circle":
-        ImageDraw.Draw(drawing).ellipse(
-            (x - radius, y - radius, x + radius, y + radius), fill=shapes.COLORS["red"]
-        )
+        ImageDraw.Draw(drawing).ellipse((x - radius, y - radius, x + radius, y + radius), fill=shapes.COLORS["red"])
     else:
         ImageDraw.Draw(drawing).polygon(outline(kind, x, y, radius), fill=shapes.COLORS["red"])
     expected = np.asarray(drawing.resize((resolution, resolution), Image.Resampling.BOX), dtype=float)

@@ -23,6 +23,7 @@ from ldm.data.transforms import BadImage
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
@@ -70,25 +71,31 @@ def captions(source: Any) -> list[tuple[str, ...]]:
 
 
 def test_metadata_jsonl(tmp_path: Path) -> None:
-    write_folder(tmp_path / "d", range(3), sidecars=False)
+    write_folder(tmp_path / "train", range(3), sidecars=False)
     lines = [
         {"file_name": "000.png", "text": "one\u2028caption", "stars": 5},
         {"file_name": "002.png", "text": ["two", "captions"], "stars": "many"},
     ]
-    (tmp_path / "d" / "metadata.jsonl").write_text(
+    (tmp_path / "train" / "metadata.jsonl").write_text(
         "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in lines), encoding="utf-8"
     )
-    source = open_source(str(tmp_path / "d"), "train", 8)
+    source = open_source(str(tmp_path), "train", 8)
     assert captions(source) == [("one\u2028caption",), ("two", "captions")]
     assert [number_of(source[i]) for i in range(2)] == [0, 2]
     assert source[1].key.endswith("002.png")
 
 
 def test_metadata_csv_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
-    write_folder(tmp_path / "d", range(4), sidecars=False)
-    rows = ["file_name,text,other", "000.png,NA,1", '001.png,"a, b",2', "002.png,007,", '003.png,"two\nlines",x,too,many']
-    (tmp_path / "d" / "metadata.csv").write_text("\n".join(rows), encoding="utf-8-sig")
-    assert captions(open_source(str(tmp_path / "d"), "train", 8)) == [("NA",), ("a, b",), ("007",), ("two\nlines",)]
+    write_folder(tmp_path / "train", range(4), sidecars=False)
+    rows = [
+        "file_name,text,other",
+        "000.png,NA,1",
+        '001.png,"a, b",2',
+        "002.png,007,",
+        '003.png,"two\nlines",x,too,many',
+    ]
+    (tmp_path / "train" / "metadata.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    assert captions(open_source(str(tmp_path), "train", 8)) == [("NA",), ("a, b",), ("007",), ("two\nlines",)]
 
 
 def test_every_line_of_a_sidecar_is_a_caption(tmp_path: Path) -> None:
@@ -152,6 +159,35 @@ def test_every_fiftieth_example_is_held_out(tmp_path: Path, kind: str, streaming
             assert captions(opened) == [(f"number {n}",) for n in sorted(expected)]
 
 
+@pytest.mark.parametrize("count", [2, 3, 49, 50])
+def test_few_examples_are_still_split_in_two(tmp_path: Path, count: int) -> None:
+    write_folder(tmp_path / "d", range(count))
+    parts = [captions(open_source(str(tmp_path / "d"), split, 8)) for split in ("train", "validation")]
+    assert len(parts[1]) == 1
+    assert sorted(parts[0] + parts[1]) == sorted((f"number {n}",) for n in range(count))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_with_only_train_is_held_out_too(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    rows = datasets.Dataset.from_dict({"image": [picture(n) for n in range(100)], "text": list(map(str, range(100)))})
+    rows = rows.cast_column("image", datasets.Image())
+    splits = {"train": rows, "test": rows.select(range(3))}
+    for names in (["train"], ["train", "test"]):
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source, names=names: names)
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda source, split, streaming: splits[split].to_iterable_dataset() if streaming else splits[split]
+        )  # fmt: skip
+        found = []
+        for split in ("train", "validation" if names == ["train"] else "test"):
+            if streaming:
+                items = open_stream("owner/pictures", split, Columns(), 0, 4).examples()
+                found.append({item.captions[0] for _, item in items})  # type: ignore[union-attr]
+            else:
+                found.append({texts[0] for texts in captions(open_source("owner/pictures", split, 8))})
+        assert found[1] == ({"49", "99"} if names == ["train"] else {"0", "1", "2"})
+        assert found[0] == {str(n) for n in range(100)} - (found[1] if names == ["train"] else set())
+
+
 def test_other_splits_need_data_that_has_them(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", range(60))
     with pytest.raises(ValueError, match=r"a\.parquet has no splits of its own.*'test'"):
@@ -160,7 +196,7 @@ def test_other_splits_need_data_that_has_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("caption", ["txt", "json"])
 def test_webdataset_keys_pictures_and_captions(tmp_path: Path, caption: str) -> None:
-    write_tar(tmp_path / "0.tar", [5, 6, 7], damaged=[6], caption=caption)
+    write_tar(tmp_path / "train-0.tar", [5, 6, 7], damaged=[6], caption=caption)
     source = open_source(str(tmp_path), "train", 8)
     assert (source[0].key, source[2].key) == ("005", "007")
     assert source[2].captions == ("number 7",) and abs(number_of(source[2]) - 7) < 4
@@ -169,34 +205,34 @@ def test_webdataset_keys_pictures_and_captions(tmp_path: Path, caption: str) -> 
 
 
 def test_a_damaged_picture_in_parquet_is_one_bad_example(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", range(4), damaged=[2])
-    source = open_source(str(tmp_path / "a.parquet"), "train", 8)
+    write_parquet(tmp_path / "train.parquet", range(4), damaged=[2])
+    source = open_source(str(tmp_path), "train", 8)
     assert [number_of(source[i]) for i in (0, 1, 3)] == [0, 1, 3]
     with pytest.raises(BadImage, match=r"002\.png: not a JPEG"):
         source[2]
-    stream = open_stream(str(tmp_path / "a.parquet"), "train", Columns(), 0, 4)
+    stream = open_stream(str(tmp_path), "train", Columns(), 0, 4)
     assert [type(item) for _, item in stream.examples(shuffle=False)] == [Example, Example, BadImage, Example]
 
 
 def test_an_example_without_caption_is_bad(tmp_path: Path) -> None:
-    write_folder(tmp_path / "d", [0, 1])
-    (tmp_path / "d" / "001.txt").write_text(" \n")
-    source = open_source(str(tmp_path / "d"), "train", 8)
+    write_folder(tmp_path / "train", [0, 1])
+    (tmp_path / "train" / "001.txt").write_text(" \n")
+    source = open_source(str(tmp_path), "train", 8)
     assert source[0].captions == ("number 0",)
     with pytest.raises(BadImage, match=r"001\.png: no caption"):
         source[1]
 
 
 def test_max_samples_takes_the_first(tmp_path: Path) -> None:
-    write_folder(tmp_path / "d", range(5))
-    assert captions(open_source(str(tmp_path / "d"), "train", 8, max_samples=2)) == [("number 0",), ("number 1",)]
-    assert len(open_source(str(tmp_path / "d"), "train", 8, max_samples=99)) == 5
+    write_folder(tmp_path / "train", range(5))
+    assert captions(open_source(str(tmp_path), "train", 8, max_samples=2)) == [("number 0",), ("number 1",)]
+    assert len(open_source(str(tmp_path), "train", 8, max_samples=99)) == 5
 
 
 def test_shapes_have_the_same_face() -> None:
-    source = open_source("shapes", "train", 16, max_samples=3, shapes_per_image=1, seed=5)
-    assert len(source) == 3 and source[0].image.size == (16, 16) and len(source[0].captions) > 1
-    assert source.name != open_source("shapes", "train", 16, max_samples=3, shapes_per_image=2, seed=5).name
+    source = open_source("shapes", "train", 24, max_samples=3, shapes_per_image=1, seed=5)
+    assert len(source) == 3 and source[0].image.size == (24, 24) and len(source[0].captions) > 1
+    assert source.name != open_source("shapes", "train", 24, max_samples=3, shapes_per_image=2, seed=5).name
 
 
 def test_names_tell_columns_apart(tmp_path: Path) -> None:
@@ -252,9 +288,9 @@ def test_an_empty_folder_and_damaged_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x" * 2000)
         with pytest.raises(ValueError, match=rf"{name} cannot be read as"):
             open_source(str(tmp_path / name), "train", 8)
-    write_parquet(tmp_path / "few.parquet", range(3))
-    with pytest.raises(ValueError, match=r"few\.parquet has no examples in its split 'validation'"):
-        open_source(str(tmp_path / "few.parquet"), "validation", 8)
+    write_parquet(tmp_path / "one.parquet", range(1))
+    with pytest.raises(ValueError, match=r"one\.parquet has no examples in its split 'validation'"):
+        open_source(str(tmp_path / "one.parquet"), "validation", 8)
 
 
 def test_a_hub_id_offline_gives_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +339,9 @@ def test_a_stream_is_dealt_alike_to_processes_and_accumulation(tmp_path: Path, w
         for batch in stream_batches(stream, transform, BatchPlan(3, accumulation, world, rank), 0, 9)
     ]
     whole = list(stream_batches(stream, transform, BatchPlan(6), 0, 9))
-    by_row = {row: sorted(k for b in parts for k, r in zip(b.keys, b.rows, strict=True) if r == row) for row in range(6)}
+    by_row = {
+        row: sorted(k for b in parts for k, r in zip(b.keys, b.rows, strict=True) if r == row) for row in range(6)
+    }
     assert by_row == {row: sorted(b.keys[row] for b in whole) for row in range(6)}
     assert sorted(n for b in parts for n in b.skipped) == sorted(n for b in whole for n in b.skipped)
     assert {name[:3] for batch in whole for name in batch.skipped} == {"003", "030"}

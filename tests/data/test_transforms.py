@@ -100,7 +100,9 @@ def test_a_truncated_file_is_bad(kind: str) -> None:
             open_image(data[:length], "photo")
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", encoded(noise(), "GIF"), encoded(noise(), "EPS"), encoded(noise(), "BMP")])
+@pytest.mark.parametrize(
+    "data", [b"", b"junk", encoded(noise(), "GIF"), encoded(noise(), "EPS"), encoded(noise(), "BMP")]
+)
 def test_what_is_not_jpeg_png_or_webp_is_bad_and_has_one_name(data: bytes) -> None:
     messages = set()
     for _ in range(2):
@@ -130,9 +132,7 @@ def test_a_picture_comes_from_path_bytes_dict_or_pil(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (60_000, 60_000)])
-def test_too_many_pixels_are_refused_from_the_header(
-    width: int, height: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_pixels_are_refused_from_the_header(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert width * height > MAX_PIXELS
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(BadImage, match=r"bomb.*pixels"):

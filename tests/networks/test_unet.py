@@ -286,9 +286,7 @@ def test_parameter_gradients_equal_diffusers(name: str) -> None:
 def test_diffusers_weights_load_strictly(name: str) -> None:
     config = UNetConfig(**CONFIGS[name])
     with torch.device("meta"):
-        UNet(config).load_state_dict(
-            UNet2DConditionModel.from_config(config.to_dict()).state_dict(), strict=True
-        )
+        UNet(config).load_state_dict(UNet2DConditionModel.from_config(config.to_dict()).state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +341,7 @@ def residuals_for(ours: UNet, x: Tensor, context: Tensor) -> list[Tensor]:
     """Random tensors in the shapes of the skip connections and of the middle block's output."""
     shapes: list[torch.Size] = []
     hooks = [ours.conv_in.register_forward_hook(lambda *a: shapes.append(a[2].shape))]
-    hooks += [
-        b.register_forward_hook(lambda *a: shapes.extend(s.shape for s in a[2][1])) for b in ours.down_blocks
-    ]
+    hooks += [b.register_forward_hook(lambda *a: shapes.extend(s.shape for s in a[2][1])) for b in ours.down_blocks]
     with torch.no_grad():
         ours(x, 0, context)
     for hook in hooks:
@@ -437,9 +433,7 @@ def test_saving_again_replaces_what_was_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.conv_out.weight.fill_(3)
     loaded.save_pretrained(tmp_path)
-    torch.testing.assert_close(
-        UNet.from_pretrained(tmp_path).state_dict(), loaded.state_dict(), atol=0, rtol=0
-    )
+    torch.testing.assert_close(UNet.from_pretrained(tmp_path).state_dict(), loaded.state_dict(), atol=0, rtol=0)
 
 
 def edit_state(folder: Path, **changes: Tensor | None) -> None:

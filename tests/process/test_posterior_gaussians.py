@@ -86,9 +86,7 @@ def test_variances_bracket_that_of_the_exact_reverse_step() -> None:
 def test_the_first_step_has_no_variance_left() -> None:
     one = torch.ones((), dtype=torch.float64)
     assert posterior_variance(SCHEDULE.alphas_cumprod[0], one) == 0
-    torch.testing.assert_close(
-        posterior_mean(_values(6), _values(7), SCHEDULE.alphas_cumprod[0], one), _values(6)
-    )
+    torch.testing.assert_close(posterior_mean(_values(6), _values(7), SCHEDULE.alphas_cumprod[0], one), _values(6))
 
 
 def test_unknown_variances_are_refused() -> None:

@@ -21,9 +21,7 @@ class Net:
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         self.calls.append({"x": x, "t": t, **kwargs})
-        raw = 0.5 * x * (1 + t.reshape(-1, 1, 1, 1) / 1000) + kwargs["context"].mean((1, 2)).reshape(
-            -1, 1, 1, 1
-        )
+        raw = 0.5 * x * (1 + t.reshape(-1, 1, 1, 1) / 1000) + kwargs["context"].mean((1, 2)).reshape(-1, 1, 1, 1)
         return raw.float()
 
 
@@ -91,5 +89,5 @@ def test_conditions_of_different_kinds_are_refused() -> None:
         guided_denoiser(Net(), SCHEDULE, "epsilon", COND, {"context": UNCOND["context"]}, 2.0)
     with pytest.raises(ValueError, match="'pooled' is None in one condition only"):
         guided_denoiser(Net(), SCHEDULE, "epsilon", COND | {"pooled": X}, UNCOND, 2.0)
-    with pytest.raises(ValueError, match="rescale is 1.5; accepted: 0 to 1"):
+    with pytest.raises(ValueError, match=r"rescale is 1\.5; accepted: 0 to 1"):
         guided_denoiser(Net(), SCHEDULE, "epsilon", COND, UNCOND, 2.0, rescale=1.5)

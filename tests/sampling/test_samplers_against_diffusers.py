@@ -40,9 +40,7 @@ def _diffusers_path(scheduler: Any, x: Tensor, **step_kwargs: Any) -> list[Tenso
     return [*visited, x]
 
 
-def _record(
-    sample: Callable[..., Tensor], config: DiffusionConfig, x: Tensor, t: Tensor, **kw: Any
-) -> list[Tensor]:
+def _record(sample: Callable[..., Tensor], config: DiffusionConfig, x: Tensor, t: Tensor, **kw: Any) -> list[Tensor]:
     visited: list[Tensor] = []
     schedule = config.schedule()
     bound = network_denoiser(_net, schedule, config.prediction_type, {})
@@ -55,12 +53,8 @@ def _record(
     return [*visited, final]
 
 
-def _config(
-    prediction_type: PredictionType, spacing: TimestepSpacing, zero_snr: bool = False
-) -> DiffusionConfig:
-    return DiffusionConfig(
-        prediction_type=prediction_type, timestep_spacing=spacing, rescale_betas_zero_snr=zero_snr
-    )
+def _config(prediction_type: PredictionType, spacing: TimestepSpacing, zero_snr: bool = False) -> DiffusionConfig:
+    return DiffusionConfig(prediction_type=prediction_type, timestep_spacing=spacing, rescale_betas_zero_snr=zero_snr)
 
 
 def _timesteps(config: DiffusionConfig, num_steps: int = STEPS) -> Tensor:
@@ -84,9 +78,7 @@ def _oracle(name: str, config: DiffusionConfig, num_steps: int = STEPS) -> Any:
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_ddim(prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int, eta: float) -> None:
     config = _config(prediction_type, spacing)
-    theirs = _diffusers_path(
-        _oracle("DDIMScheduler", config, num_steps), _noise(), eta=eta, generator=_generators()
-    )
+    theirs = _diffusers_path(_oracle("DDIMScheduler", config, num_steps), _noise(), eta=eta, generator=_generators())
     _assert_same(_record(ddim.sample, config, _noise(), _timesteps(config, num_steps), eta=eta), theirs)
 
 
@@ -107,9 +99,7 @@ def test_ddpm(prediction_type: PredictionType, spacing: TimestepSpacing) -> None
 @pytest.mark.parametrize("name", ["euler", "heun"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 12), ("trailing", 12), ("linspace", 10)])
-def test_euler_and_heun(
-    name: str, prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int
-) -> None:
+def test_euler_and_heun(name: str, prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int) -> None:
     config = _config(prediction_type, spacing)
     t = _timesteps(config, num_steps)
     scheduler = _oracle(f"{name.title()}DiscreteScheduler", config, num_steps)

