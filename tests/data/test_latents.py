@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -198,24 +198,22 @@ def test_two_ranks_fill_the_shards_together(tmp_path: Path) -> None:
     )
 
 
-def _claim(folder: Path) -> None:
-    for number in range(100):
-        part = folder / str(number)
-        part.mkdir(exist_ok=True)
-        check_settings(part, settings(10))
+def test_two_processes_may_write_the_settings_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process writes its settings whole between the first one's writing and renaming."""
+    rename = os.replace
 
+    def second_process_first(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "replace", rename)
+        with monkeypatch.context() as second:
+            second.setattr(os, "getpid", lambda: 1)
+            second.setattr(Path, "exists", lambda path: False)
+            check_settings(tmp_path, settings(10))
+        rename(source, target)
 
-def test_two_processes_may_write_the_settings_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_claim, args=(tmp_path,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert all(
-        json.loads((tmp_path / f"{n}" / "settings.json").read_text())["autoencoder"] == "abc" for n in range(100)
-    )
+    monkeypatch.setattr(os, "replace", second_process_first)
+    check_settings(tmp_path, settings(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    assert json.loads((tmp_path / "settings.json").read_text())["autoencoder"] == "abc"
 
 
 def test_batches_take_moments_by_position_and_draw_captions(tmp_path: Path) -> None:

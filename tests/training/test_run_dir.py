@@ -162,6 +162,14 @@ def test_a_flipped_bit_of_any_byte_of_the_manifest_is_found(tmp_path: Path) -> N
             read_state(path.parent)
 
 
+def test_a_state_of_another_format_is_not_read(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 1)
+    path = run.states / "step_000001" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(DamagedState, match="has format 2, not 1"):
+        read_state(path.parent)
+
+
 def test_with_nothing_intact_the_run_starts_anew(tmp_path: Path) -> None:
     run = run_in(tmp_path, 2, 4)
     for folder in run.complete():
