@@ -66,8 +66,10 @@ def settings(size: int, **changes: object) -> CacheSettings:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def build(folder: Path, source: Pictures, chosen: CacheSettings, shard_size: int = 4, **more: int) -> None:
-    build_cache(folder, source, chosen, encode, 3, shard_size, SkipCounter(1.0), **more)
+def build(
+    folder: Path, source: Pictures, chosen: CacheSettings, shard_size: int = 4, rank: int = 0, world: int = 1
+) -> None:
+    build_cache(folder, source, chosen, encode, 3, shard_size, SkipCounter(1.0), rank, world)
 
 
 def finish(folder: Path, source: Pictures, chosen: CacheSettings, shard_size: int = 4) -> LatentCache:

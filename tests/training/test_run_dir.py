@@ -65,7 +65,7 @@ def newest(run: RunDir) -> tuple[int | None, list[str]]:
 
 def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    state = {
+    state: dict[str, dict[Any, Any]] = {
         "tensors": {
             "half": whole.half(), "bfloat": whole.bfloat16(), "long": whole.long(), "bool": whole > 5, "double": whole.double(),
             "scalar": torch.tensor(-0.0), "empty": torch.zeros(0, 3), "turned": whole.T, "part": whole[1], "nan": torch.tensor(math.nan),
