@@ -75,8 +75,8 @@ class ClipTextConfig:
 class _Embeddings(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = _zero_embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = _zero_embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -84,6 +84,11 @@ class _Embeddings(nn.Module):
             raise ValueError(f"input_ids has {length} positions, expected at most {limit}")
         tokens: Tensor = self.token_embedding(input_ids)
         return tokens + self.position_embedding.weight[:length]
+
+
+def _zero_embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding for weights to come; torch's default draw imports its compiler on the meta device, a second lost."""
+    return nn.Embedding.from_pretrained(torch.zeros(count, width), freeze=False)
 
 
 class _Attention(nn.Module):

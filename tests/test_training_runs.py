@@ -172,7 +172,9 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found.setdefault(row.pop("step"), {}).update(row)
+        known = found.setdefault(row.pop("step"), {})
+        assert not known.keys() & row.keys(), f"{line} tells a step for the second time"
+        known.update(row)
     return found
 
 
@@ -267,12 +269,14 @@ def test_stage_one_on_two_processes_is_the_same_training(autoencoder: Path, work
     assert_weights_close(autoencoder, run, "vae", atol=1e-4)
 
 
-def test_starting_a_finished_run_again_changes_nothing(autoencoder: Path, workshop: Path) -> None:
-    before, told = weights(autoencoder), (autoencoder / "metrics.jsonl").read_text()
-    again = train("train_autoencoder.py", "--config", str(workshop / "autoencoder.yaml"))
+@pytest.mark.parametrize(("stage", "script"), [("autoencoder", "train_autoencoder.py"), ("ldm", "train_ldm.py")])
+def test_starting_a_finished_run_again_changes_nothing(request: pytest.FixtureRequest, stage: str, script: str) -> None:
+    run: Path = request.getfixturevalue(stage)
+    before, told = weights(run), (run / "metrics.jsonl").read_text()
+    again = train(script, "--config", str(run.with_suffix(".yaml")))
     assert again.returncode == 0, again.stderr
-    assert weights(autoencoder) == before and states(autoencoder) == ["step_000004", "step_000006"]
-    assert (autoencoder / "metrics.jsonl").read_text() == told
+    assert weights(run) == before and states(run) == ["step_000004", "step_000006"]
+    assert (run / "metrics.jsonl").read_text() == told
 
 
 def test_a_dry_run_of_stage_one_writes_nothing(workshop: Path) -> None:
