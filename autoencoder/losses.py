@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,13 @@ def last_layer_gradient(features: Tensor, image_grad: Tensor, weight_shape: Sequ
 
 
 def generator_image_gradient(
-    nll_loss: Tensor, g_loss: Tensor, image: Tensor, features: Tensor, last_layer: Tensor, weight: float
+    nll_loss: Tensor,
+    g_loss: Tensor,
+    image: Tensor,
+    features: Tensor,
+    weight_shape: Sequence[int],
+    weight: float,
+    reduce_mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> tuple[Tensor, Tensor]:
     """Gradient [B, D, H, W] at the image of nll + weight * adaptive * g, and the adaptive weight (scalar).
 
@@ -136,13 +142,14 @@ def generator_image_gradient(
         nll_loss, g_loss: scalars computed from `image`.
         image: the decoder's output [B, D, H, W].
         features: the last convolution's input [B, C, H, W].
-        last_layer: that convolution's weight [D, C, k, k].
+        weight_shape: of that convolution's weight, (D, C, k, k).
         weight: the discriminator's weight, 0.5 in the published recipe.
+        reduce_mean: averages the last layer's gradients over processes, so that all weigh alike.
     """
     (nll_grad,) = torch.autograd.grad(nll_loss, image)
     (g_grad,) = torch.autograd.grad(g_loss, image)
     adaptive = adaptive_weight(
-        last_layer_gradient(features, nll_grad, last_layer.shape),
-        last_layer_gradient(features, g_grad, last_layer.shape),
+        reduce_mean(last_layer_gradient(features, nll_grad, weight_shape)),
+        reduce_mean(last_layer_gradient(features, g_grad, weight_shape)),
     )
     return nll_grad + weight * adaptive * g_grad, adaptive

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from autoencoder import (
     LossWeights,
     Reconstruction,
-    adaptive_weight,
     discriminator_loss,
+    generator_image_gradient,
     generator_loss,
-    last_layer_gradient,
     nll,
 )
 from autoencoder.perceptual import FeatureDistance
@@ -64,13 +63,18 @@ class AutoencoderTask:
         leaf = out.image.detach().float().requires_grad_()
         distance = self._distance(leaf, batch.image)
         image_loss = nll(leaf, batch.image, distance, self.weights)
-        (gradient,) = torch.autograd.grad(image_loss, leaf)
         kl = out.posterior.kl().mean()
         terms = {"nll": image_loss.detach(), "perceptual": distance.detach().mean(), "kl": kl.detach()}
         terms["l1"] = (leaf - batch.image).detach().abs().mean()
         if self.weights.discriminator_active(step):
-            gradient, more = self._adversarial(leaf, out.features, gradient)
-            terms |= more
+            g_loss = generator_loss(self.bare_discriminator(leaf).float())
+            shape = (leaf.shape[1], out.features.shape[1], 3, 3)
+            gradient, adaptive = generator_image_gradient(
+                image_loss, g_loss, leaf, out.features.float(), shape, self.weights.discriminator, self.reduce_mean
+            )
+            terms |= {"generator": g_loss.detach(), "adaptive_weight": adaptive}
+        else:
+            (gradient,) = torch.autograd.grad(image_loss, leaf)
         surrogate = (out.image.float() * gradient).sum() + self.weights.kl * kl
         return GeneratorLoss(surrogate, leaf.detach(), terms)
 
@@ -89,15 +93,3 @@ class AutoencoderTask:
             return image.new_zeros(len(image))
         distance: Tensor = self.perceptual(image, target)
         return distance
-
-    def _adversarial(self, leaf: Tensor, features: Tensor, nll_gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        g_loss = generator_loss(self.bare_discriminator(leaf).float())
-        (g_gradient,) = torch.autograd.grad(g_loss, leaf)
-        shape = (leaf.shape[1], features.shape[1], 3, 3)
-        at_last_layer = [
-            self.reduce_mean(last_layer_gradient(features.float(), gradient, shape))
-            for gradient in (nll_gradient, g_gradient)
-        ]
-        adaptive = adaptive_weight(at_last_layer[0], at_last_layer[1])
-        terms = {"generator": g_loss.detach(), "adaptive_weight": adaptive}
-        return nll_gradient + self.weights.discriminator * adaptive * g_gradient, terms

@@ -133,7 +133,7 @@ def test_fast_path_equals_gradients_taken_at_the_last_layer() -> None:
     expected = torch.autograd.grad(nll_loss + kl + 0.5 * slow * g_loss, list(model.parameters()))
 
     out, nll_loss, g_loss, kl = losses_at(model, critic, target)
-    gradient, fast = generator_image_gradient(nll_loss, g_loss, out.image, out.features, model.last_layer, 0.5)
+    gradient, fast = generator_image_gradient(nll_loss, g_loss, out.image, out.features, model.last_layer.shape, 0.5)
     critic.zero_grad()
     torch.autograd.backward([out.image, kl], [gradient, None])
 
