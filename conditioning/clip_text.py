@@ -88,7 +88,7 @@ class _Embeddings(nn.Module):
 
 def _zero_embedding(count: int, width: int) -> nn.Embedding:
     """An embedding for weights to come; torch's default draw imports its compiler on the meta device, a second lost."""
-    return nn.Embedding.from_pretrained(torch.zeros(count, width), freeze=False)
+    return nn.Embedding(count, width, _weight=torch.zeros(count, width))
 
 
 class _Attention(nn.Module):
