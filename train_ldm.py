@@ -102,6 +102,7 @@ def main() -> None:
         build_objective(config),
         text_encoder.tokenize([""])[0],
         config.objective.proportion_empty_prompts,
+        config.latents.sample_posterior,
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]

@@ -200,4 +200,6 @@ def build_objective(config: LdmTraining) -> Objective:
         config.diffusion.prediction_type,
         config.objective.snr_gamma,
         config.objective.timestep_sampling,
+        config.objective.logit_mean,
+        config.objective.logit_std,
     )

@@ -235,10 +235,12 @@ class ObjectiveConfig:
 
     snr_gamma: float | None = None
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     proportion_empty_prompts: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_positive(self, "objective", "snr_gamma")
+        _require_positive(self, "objective", "snr_gamma", "logit_std")
         _require(
             0 <= self.proportion_empty_prompts <= 1,
             f"`objective.proportion_empty_prompts` is {self.proportion_empty_prompts}; it must lie in [0, 1]",
@@ -247,9 +249,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class LatentCacheConfig:
-    """The encoded data set on disk; `folder` null means `latents/` in the run folder."""
+    """The encoded data set on disk; `folder` null means `latents/` in the run folder.
+
+    `sample_posterior` false trains on the mean of each picture's posterior instead of a new sample in every epoch.
+    """
 
     folder: str | None = None
+    sample_posterior: bool = True
     dtype: Literal["float32", "float16"] = "float16"
     batch_size: int = 16
     shard_size: int = 8192

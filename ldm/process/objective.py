@@ -30,19 +30,24 @@ class Objective:
     """Draws noised examples and scores the network on them.
 
     `snr_gamma` caps the signal-to-noise ratio in the weight (Min-SNR-gamma); None weighs all timesteps
-    equally, which is L_simple (Ho et al. 2020, eq. 14). Raises ValueError for a setting out of range.
+    equally, which is L_simple (Ho et al. 2020, eq. 14). `logit_mean` and `logit_std` belong to "logit_normal"; a
+    positive mean trains the noisy timesteps more. Raises ValueError for a setting out of range.
     """
 
     schedule: NoiseSchedule
     prediction_type: PredictionType = "epsilon"
     snr_gamma: float | None = None
     timestep_sampling: TimestepSampling = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ValueError(f"snr_gamma is {self.snr_gamma}; accepted: a positive number or None")
+        if not self.logit_std > 0:
+            raise ValueError(f"logit_std is {self.logit_std}; accepted: a positive number")
 
     def draw(self, x0: Tensor, generator: torch.Generator) -> NoisedExample:
         """Noise x0 [B, ...] at random timesteps. All randomness comes from `generator`, a CPU generator."""
@@ -60,11 +65,11 @@ class Objective:
     def timesteps(self, u: Tensor) -> Tensor:
         """The quantiles u [B] in [0, 1) of the timestep distribution: int64 [B].
 
-        "uniform" is floor(T·u); "logit_normal" floor(T·sigmoid(n)), n the standard normal quantile of u
-        (Esser et al. 2024, eq. 19).
+        "uniform" is floor(T·u); "logit_normal" floor(T·sigmoid(logit_mean + logit_std·n)), n the
+        standard normal quantile of u (Esser et al. 2024, eq. 19).
         """
         if self.timestep_sampling == "logit_normal":
-            u = torch.sigmoid(torch.special.ndtri(u.double()))
+            u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u.double()))
         steps = self.schedule.num_train_timesteps
         return (u.double() * steps).long().clamp(max=steps - 1)
 

@@ -41,6 +41,7 @@ class TextToImageTask:
     objective: Objective
     null_ids: Tensor
     proportion_empty_prompts: float
+    sample_posterior: bool
     seed: int
 
     def loss(self, batch: LatentBatch, step: int, global_size: int) -> dict[str, Tensor]:
@@ -53,7 +54,8 @@ class TextToImageTask:
         device = batch.moments.device
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]
         shape = (len(rows), batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-        x0 = self.codec.from_moments(batch.moments, randn_rows(shape, rows).to(device))
+        noise = randn_rows(shape, rows).to(device) if self.sample_posterior else None
+        x0 = self.codec.from_moments(batch.moments, noise)
         eps = randn_rows(shape, rows).to(device)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0

@@ -51,11 +51,12 @@ def test_uniform_timesteps_hit_each_step_alike() -> None:
     assert torch.equal(torch.bincount(t), torch.full((50,), 100))
 
 
-def test_logit_normal_timesteps_have_its_distribution() -> None:
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.2, 1.3)])
+def test_logit_normal_timesteps_have_its_distribution(mean: float, std: float) -> None:
     u = torch.rand(200_000, generator=_generator(), dtype=torch.float64)
-    t = Objective(SCHEDULE, timestep_sampling="logit_normal").timesteps(u)
+    t = Objective(SCHEDULE, timestep_sampling="logit_normal", logit_mean=mean, logit_std=std).timesteps(u)
     assert t.min() >= 0 and t.max() <= 999
-    normal = torch.distributions.Normal(0.0, 1.0)
+    normal = torch.distributions.Normal(mean, std)
     for cut in (100, 250, 500, 900):
         expected = normal.cdf(torch.logit(torch.tensor(cut / 1000))).item()
         assert (t < cut).double().mean().item() == pytest.approx(expected, abs=5e-3)
@@ -131,7 +132,7 @@ def test_the_exact_noise_predictor_of_gaussian_data_reaches_the_bayes_error() ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"prediction_type": "flow"}, {"timestep_sampling": "even"}, {"snr_gamma": 0.0}, {"snr_gamma": -5.0}],
+    [{"prediction_type": "flow"}, {"timestep_sampling": "even"}, {"snr_gamma": 0.0}, {"snr_gamma": -5.0}, {"logit_std": 0.0}],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))} is .*; accepted"):
