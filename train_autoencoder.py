@@ -21,7 +21,8 @@ from ldm.build import (
     build_perceptual,
     build_validation,
 )
-from ldm.config import AutoencoderTraining, dump_config, parse_command_line
+from ldm.config import AutoencoderTraining
+from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.order import BatchPlan
 from ldm.data.transforms import to_images

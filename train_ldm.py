@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from autoencoder import AutoencoderKL, LatentCodec
 from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
-from ldm.config import DataConfig, LdmTraining, dump_config, parse_command_line
+from ldm.config import DataConfig, LdmTraining
+from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
 from ldm.data.latents import (

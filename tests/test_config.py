@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 
-from ldm.config import (
-    AutoencoderTraining,
-    ConfigError,
-    LdmTraining,
-    PretrainedClip,
-    ScratchClip,
-    differences,
-    dump_config,
-    load_config,
-    parse_command_line,
-)
+from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, PretrainedClip, ScratchClip
+from ldm.config_file import differences, dump_config, load_config, parse_command_line
 
 STAGE_ONE = "output_dir: out\n"
 STAGE_TWO = "output_dir: out\nautoencoder: vae\n"

@@ -10,7 +10,8 @@ import torch
 from autoencoder import AutoencoderKL
 from conditioning import ClipTextConfig, ClipTextModel
 from ldm.build import build_discriminator, build_loss_weights, build_objective, check_resolution
-from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip, dump_config, load_config
+from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip
+from ldm.config_file import dump_config, load_config
 from ldm.networks import UNet
 
 FOLDER = Path(__file__).parent.parent / "train_configs"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoencoder import AutoencoderKL
-from ldm.config import AutoencoderTraining, DataConfig, LdmTraining, dump_config
+from ldm.config import AutoencoderTraining, DataConfig, LdmTraining
+from ldm.config_file import dump_config
 
 
 def autoencoder_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float) -> str:

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.config import ConfigError, Launch, differences
+from ldm.config import ConfigError
+from ldm.config_file import Launch, differences
 
 State = dict[str, Any]
 FORMAT = 1

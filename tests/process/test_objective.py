@@ -132,7 +132,13 @@ def test_the_exact_noise_predictor_of_gaussian_data_reaches_the_bayes_error() ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"prediction_type": "flow"}, {"timestep_sampling": "even"}, {"snr_gamma": 0.0}, {"snr_gamma": -5.0}, {"logit_std": 0.0}],
+    [
+        {"prediction_type": "flow"},
+        {"timestep_sampling": "even"},
+        {"snr_gamma": 0.0},
+        {"snr_gamma": -5.0},
+        {"logit_std": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))} is .*; accepted"):
