@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
-from autoencoder import AutoencoderKL, LatentStatistics, fold_into_convolutions
+from autoencoder import AutoencoderKL
 from ldm.build import (
     build_autoencoder,
     build_batches,
     build_discriminator,
+    build_loss_state,
     build_loss_weights,
+    build_penalties,
     build_perceptual,
     build_validation,
 )
@@ -32,6 +34,8 @@ from ldm.pretrained import write_vae
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
 from ldm.training.ema import Ema
+from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, PosteriorWatch, named_batch
+from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import (
     StopSignal,
     batch_plan,
@@ -44,7 +48,7 @@ from ldm.training.launch import (
     tracker_image,
 )
 from ldm.training.log import TrainingLog, averaged
-from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
+from ldm.training.optim import adamw, learning_rate, set_learning_rate
 from ldm.training.run_dir import RunDir
 
 STATISTICS_BATCH = 32
@@ -66,9 +70,9 @@ def main() -> None:
     vae.set_gradient_checkpointing(training.gradient_checkpointing)
     discriminator = build_discriminator(config.discriminator, config.seed)
     perceptual = build_perceptual(config.perceptual)
-    weights = build_loss_weights(config.loss)
+    weights, loss_state = build_loss_weights(config.loss), build_loss_state(config.loss)
     rate = config.optimizer.learning_rate
-    optimizer = adamw(vae.parameters(), config.optimizer, rate)
+    optimizer = adamw(vae.parameters(), config.optimizer, rate, undecayed=loss_state.parameters())
     d_optimizer = adamw(discriminator.parameters(), config.optimizer, rate * config.discriminator.learning_rate_ratio)
     validation = build_validation(config.data, config.seed)
     if accelerator.is_main_process:
@@ -79,8 +83,9 @@ def main() -> None:
         vae.compile()
     if perceptual is not None:
         perceptual.to(accelerator.device)
+    loss_state.to(accelerator.device)
     model, wrapped_d, optimizer, d_optimizer = accelerator.prepare(vae, discriminator, optimizer, d_optimizer)
-    ema, guard = Ema(vae, training.ema_decay), NonFiniteGuard()
+    ema, guard, watch = Ema(vae, training.ema_decay), NonFiniteGuard(), DiscriminatorWatch()
     side = config.data.resolution // vae.downsample_factor
     task = AutoencoderTask(
         model,
@@ -88,6 +93,8 @@ def main() -> None:
         discriminator,
         perceptual,
         weights,
+        build_penalties(config.discriminator),
+        loss_state,
         (vae.config.latent_channels, side, side),
         config.seed,
         mean_over_processes(accelerator),
@@ -99,6 +106,7 @@ def main() -> None:
         first, state = newest
         vae.load_state_dict(state["autoencoder"])
         discriminator.load_state_dict(state["discriminator"])
+        loss_state.load_state_dict(state["loss"])
         ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
         optimizer.load_state_dict(state["optimizer"])
         d_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -110,6 +118,7 @@ def main() -> None:
             state = {
                 "autoencoder": vae.state_dict(),
                 "discriminator": discriminator.state_dict(),
+                "loss": loss_state.state_dict(),
                 "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "discriminator_optimizer": d_optimizer.state_dict(),
@@ -133,25 +142,32 @@ def main() -> None:
         set_learning_rate(d_optimizer, rate * factor * config.discriminator.learning_rate_ratio)
         adversarial = weights.discriminator_active(step)
         parts: list[dict[str, torch.Tensor]] = []
+        keys: list[str] = []
         for _ in range(training.gradient_accumulation_steps):
             batch = next(batches).to(accelerator.device)
             skips.add(len(batch.rows), batch.skipped)
+            keys.extend(batch.keys)
             with accelerator.accumulate(model, wrapped_d):
                 loss = task.generator_loss(batch, step)
                 accelerator.backward(loss.surrogate)
                 parts.append(loss.terms)
                 if adversarial:
-                    d_loss, d_terms = task.discriminator_loss(batch, loss.image)
+                    d_loss, d_terms = task.discriminator_loss(batch, loss.image, step)
                     accelerator.backward(d_loss)
                     parts[-1] |= d_terms
         terms = averaged(parts)
         terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
         d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else torch.zeros(())
-        if guard.allows(terms["gradient_norm"] + d_norm, f"step {step} ({', '.join(batch.keys[:4])}, ...)"):
+        losses = task.reduce_mean(terms["nll"] + terms["kl"])
+        if guard.allows(losses + terms["gradient_norm"] + d_norm, named_batch(step, keys)):
             optimizer.step()
             if adversarial:
                 d_optimizer.step()
+                task.remember(terms)
+                watch.add(terms)
             ema.update()
+        else:
+            log.say(f"{named_batch(step, gather_object(keys))}: a loss or gradient is not finite, no update")
         optimizer.zero_grad()
         d_optimizer.zero_grad()
         log.add(terms)
@@ -161,6 +177,8 @@ def main() -> None:
             continue
         if done % training.logging_steps == 0 or done == total:
             log.report(done)
+            if warning := watch.warning(done):
+                log.say(warning)
         if done % config.validation.steps == 0 or done == total:
             if accelerator.is_main_process:
                 validate(vae, ema, validation, config, run, log, done)
@@ -192,51 +210,32 @@ def validate(
     log: TrainingLog,
     step: int,
 ) -> None:
-    """PSNR of the averaged weights on the validation images, and a grid of originals above reconstructions."""
-    with ema.applied():
+    """PSNR of the averaged weights, dead latent channels, and a grid of originals above reconstructions."""
+    with ema.applied(), torch.no_grad():
         batches = [chunk.to(next(vae.parameters()).device) for chunk in torch.split(images, 32)]
         value = mean_psnr(vae, batches)
+        posterior = PosteriorWatch.of(vae.moments(chunk) for chunk in batches)
         x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
     grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
     grid.save(run.samples / f"step_{step:06d}.png")
     tracker_image(log.accelerator, "reconstructions", grid, step)
-    log.write(step, {"validation_psnr": value})
-    log.say(f"step {step}: validation PSNR {value:.2f} dB")
+    log.write(step, {"validation_psnr": value, "dead_channels": len(posterior.dead_channels())})
+    log.say("\n".join(filter(None, [f"step {step}: validation PSNR {value:.2f} dB", posterior.warning(step)])))
 
 
 def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
-    """Writes the averaged weights with the latent scale and shift measured on the training data."""
+    """Writes the averaged weights with the latent scale and shift: the pretrained, given or measured ones."""
     device = next(vae.parameters()).device
     plan = BatchPlan(STATISTICS_BATCH)
-    batches = build_batches(config.data, plan, config.seed, 0, -(-config.statistics_samples // plan.size))
+    steps = -(-config.statistics_samples // plan.size)
+    batches = build_batches(config.data, plan, config.seed, 0, steps)
     with ema.applied(), torch.no_grad():
-        parts = [LatentStatistics.of(vae.moments(batch.image.to(device))) for batch in batches]
-        statistics = sum(parts[1:], parts[0])
         value = mean_psnr(vae, [chunk.to(device) for chunk in torch.split(validation, 32)])
-        scale = latent_scale(vae, statistics, config)
+        scale = latent_scale(vae, (vae.moments(batch.image.to(device)) for batch in batches), config)
         vae.config = dataclasses.replace(vae.config, sample_size=config.data.resolution, **scale)
-        count = len(parts) * plan.size
-        settings = {"validation_psnr": value, "scale_measured_on": count, "training": dump_config(config)}
+        measured = steps * plan.size if config.scaling_factor is None and not config.freeze_encoder else None
+        settings = {"validation_psnr": value, "scale_measured_on": measured, "training": dump_config(config)}
         write_vae(vae, run.export, autoencoder_card(config, vae, value), settings)
-
-
-def latent_scale(vae: AutoencoderKL, statistics: LatentStatistics, config: AutoencoderTraining) -> dict[str, Any]:
-    """The scale and shift to write into the model's config: the given ones, or the measured ones.
-
-    The measured channel means are folded into the 1x1 convolutions where there are any, because the diffusers pipeline
-    knows no shift; the scale is then one over the standard deviation around them.
-    """
-    if config.scaling_factor is not None:
-        return {"scaling_factor": config.scaling_factor}
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        return {"scaling_factor": statistics.scale, "shift_factor": statistics.shift}
-    fold_into_convolutions(vae, statistics.channel_mean)
-    std = statistics.channel_std
-    return {
-        "scaling_factor": float(std.square().mean() ** -0.5),
-        "latents_mean": (0.0,) * len(std),
-        "latents_std": tuple(std.tolist()),
-    }
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from ldm.pretrained import Model, read_vae, resolve, write_model
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
 from ldm.training.card import model_card
 from ldm.training.ema import Ema
+from ldm.training.guards import NonFiniteGuard
 from ldm.training.launch import (
     StopSignal,
     batch_plan,
@@ -48,7 +49,7 @@ from ldm.training.launch import (
     trial_run,
 )
 from ldm.training.log import TrainingLog, averaged
-from ldm.training.optim import NonFiniteGuard, adamw, learning_rate, set_learning_rate
+from ldm.training.optim import adamw, learning_rate, set_learning_rate
 from ldm.training.run_dir import RunDir, weights_hash
 
 CAPTIONS_FOR_VOCABULARY = 100_000

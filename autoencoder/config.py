@@ -1,8 +1,8 @@
-"""The autoencoder's configuration; its fields are the keys of diffusers' ``vae/config.json``."""
+"""The autoencoders' configurations; their fields are the keys of diffusers' ``config.json``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -64,12 +64,12 @@ class AutoencoderConfig:
             "sample_size",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not self.block_out_channels:
             raise ValueError("block_out_channels must name at least one level, got ()")
         for channels in self.block_out_channels:
-            if not isinstance(channels, int) or channels < 1 or channels % self.norm_num_groups:
+            if not _is_count(channels) or channels % self.norm_num_groups:
                 raise ValueError(
                     "block_out_channels must be positive multiples of "
                     f"norm_num_groups={self.norm_num_groups}, got {channels!r}"
@@ -109,20 +109,99 @@ class AutoencoderConfig:
         Raises:
             ValueError: an unknown key (named, with the nearest known one) or an impossible value.
         """
-        known = [field.name for field in fields(cls)]
-        chosen: dict[str, Any] = {}
-        for key, value in values.items():
-            if key.startswith("_"):
-                continue
-            if key not in known:
-                nearest = get_close_matches(key, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(known)}"
-                raise ValueError(f"unknown autoencoder config key {key!r}{hint}")
-            chosen[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**chosen)
+        return cls(**_from_json(values, [field.name for field in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Diffusers' JSON object: every field plus ``_class_name``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        return {"_class_name": "AutoencoderKL", **plain}
+        return {"_class_name": "AutoencoderKL", **_to_json(vars(self))}
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Shape of a `VQModel`; field names and defaults are those of diffusers' ``VQModel``.
+
+    Encoder and decoder follow the rules of `AutoencoderConfig`. The codebook holds `num_vq_embeddings` vectors of
+    `vq_embed_dim` entries (None: `latent_channels`). ``norm_type`` and ``lookup_from_codebook`` are read so that
+    diffusers' files are, and accept diffusers' defaults only.
+
+    Raises:
+        ValueError: a value is impossible or two of them disagree; the sentence names the field and the value.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ()
+    up_block_types: tuple[str, ...] = ()
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 3
+    sample_size: int = 32
+    num_vq_embeddings: int = 256
+    norm_num_groups: int = 32
+    vq_embed_dim: int | None = None
+    scaling_factor: float = 0.18215
+    norm_type: str = "group"
+    mid_block_add_attention: bool = True
+    lookup_from_codebook: bool = False
+    force_upcast: bool = False
+
+    def __post_init__(self) -> None:
+        blocks = self.blocks
+        object.__setattr__(self, "down_block_types", blocks.down_block_types)
+        object.__setattr__(self, "up_block_types", blocks.up_block_types)
+        if not _is_count(self.num_vq_embeddings):
+            raise ValueError(f"num_vq_embeddings must be a positive integer, got {self.num_vq_embeddings!r}")
+        if self.vq_embed_dim is not None and not _is_count(self.vq_embed_dim):
+            raise ValueError(f"vq_embed_dim must be a positive integer or null, got {self.vq_embed_dim!r}")
+        if self.norm_type != "group":
+            raise ValueError(f"norm_type must be 'group', got {self.norm_type!r}")
+        if self.lookup_from_codebook is not False:
+            raise ValueError(f"lookup_from_codebook must be false, got {self.lookup_from_codebook!r}")
+
+    @property
+    def blocks(self) -> AutoencoderConfig:
+        """The shape of the encoder and the decoder alone."""
+        shared = {field.name for field in fields(AutoencoderConfig)} & {field.name for field in fields(self)}
+        return AutoencoderConfig(**{name: getattr(self, name) for name in shared})
+
+    @property
+    def embed_dim(self) -> int:
+        """Entries of one codebook vector."""
+        return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels along one side of a latent position."""
+        return self.blocks.downsample_factor
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VQConfig:
+        """Read diffusers' JSON object; see `AutoencoderConfig.from_dict`."""
+        return cls(**_from_json(values, [field.name for field in fields(cls)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Diffusers' JSON object: every field plus ``_class_name``."""
+        return {"_class_name": "VQModel", **_to_json(vars(self))}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _from_json(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The keys without a leading underscore, lists as tuples; a key outside `known` is refused."""
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("_"):
+            continue
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(known)}"
+            raise ValueError(f"unknown autoencoder config key {key!r}{hint}")
+        chosen[key] = tuple(value) if isinstance(value, list) else value
+    return chosen
+
+
+def _to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import gcd
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-NORMS = ("batch", "group", "none")
+NORMS = ("batch", "group", "act", "none")
+
+
+class ActNorm(nn.Module):
+    """y = weight * x + bias per channel of [B, C, H, W] (Kingma & Dhariwal 2018, section 3.1).
+
+    The first training batch sets weight and bias so that its outputs have zero mean and unit variance in each channel;
+    from then on both are ordinary parameters. Under several processes the batch's sums are first added over all of
+    them, so that every process starts from the same values. A batch that is not finite is passed over.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.initialised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.initialised:
+            self._initialise(x)
+        return x * self.weight.view(1, -1, 1, 1).to(x) + self.bias.view(1, -1, 1, 1).to(x)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor) -> None:
+        values = x.detach().double().transpose(0, 1).flatten(1)
+        sums = torch.stack([torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        count, total, square = sums
+        mean = total / count
+        std = (square / count - mean.square()).clamp(min=0).sqrt() + 1e-6
+        if bool(torch.isfinite(std).all()):
+            self.weight.copy_(1 / std)
+            self.bias.copy_(-mean / std)
+            self.initialised = True
+
+    def get_extra_state(self) -> bool:
+        return self.initialised
+
+    def set_extra_state(self, state: Any) -> None:
+        self.initialised = bool(state)
 
 
 class PatchDiscriminator(nn.Module):
@@ -18,10 +59,10 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions: `num_layers` of stride two that double the width up to 8 * base_channels, one of stride
     one, and one to a single channel. Every layer but the first and last is normalised. Three layers see 70x70
     pixels. Weights start as N(0, 0.02) (Isola et al. 2017, section 6.2), norm scales as N(1, 0.02), biases as
-    0; drawn from `generator` when one is given.
+    0; drawn from `generator` when one is given. The norm "act" starts from its first batch instead, see `ActNorm`.
 
     Raises:
-        ValueError: `norm` is none of batch, group, none, or `num_layers` is below one.
+        ValueError: `norm` is none of batch, group, act, none, or `num_layers` is below one.
     """
 
     def __init__(
@@ -67,10 +108,11 @@ class PatchDiscriminator(nn.Module):
 
 
 def _layer(in_channels: int, out_channels: int, stride: int, norm: str) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=norm != "batch")
+    conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=norm not in ("batch", "act"))
     norms: dict[str, list[nn.Module]] = {
         "batch": [nn.BatchNorm2d(out_channels)],
         "group": [nn.GroupNorm(gcd(32, out_channels), out_channels)],
+        "act": [ActNorm(out_channels)],
         "none": [],
     }
     return [conv, *norms[norm], nn.LeakyReLU(0.2)]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-RECONSTRUCTIONS = ("l1", "l2")
+RECONSTRUCTIONS = ("l1", "l2", "charbonnier")
 DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
+CHARBONNIER_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,29 +49,110 @@ class LossWeights:
         return self.discriminator > 0 and step >= self.discriminator_start
 
 
-def reconstruction(x: Tensor, y: Tensor, kind: str = "l1") -> Tensor:
-    """Absolute ("l1") or squared ("l2") difference summed over each example's values: [B, ...] -> [B].
+@dataclass(frozen=True)
+class DiscriminatorPenalties:
+    """Weights of the discriminator's regularisers; 0 switches one off.
+
+    R1 is computed at every `r1_every`-th step only and then counts `r1_every` times (lazy regularisation, Karras et
+    al. 2020, section 3.1).
 
     Raises:
-        ValueError: the kind is neither, or the shapes differ.
+        ValueError: a negative weight or an interval below one.
+    """
+
+    r1: float = 0.0
+    r1_every: int = 16
+    lecam: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("r1", 0), ("r1_every", 1), ("lecam", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
+
+    def r1_weight(self, step: int) -> float:
+        """What the R1 penalty is multiplied by at this step (counted from zero)."""
+        return self.r1 * self.r1_every if step % self.r1_every == 0 else 0.0
+
+
+def reconstruction(x: Tensor, y: Tensor, kind: str = "l1") -> Tensor:
+    """Difference d of two images, summed over each example's values: [B, ...] -> [B].
+
+    "l1" is |d|, "l2" d^2 and "charbonnier" sqrt(d^2 + eps^2) with eps = 1e-3: like l1, but smooth at zero
+    (Charbonnier et al. 1994, with the eps of Lai et al. 2018).
+
+    Raises:
+        ValueError: the kind is none of them, or the shapes differ.
     """
     if x.shape != y.shape:
         raise ValueError(f"images must have equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
     if kind not in RECONSTRUCTIONS:
         raise ValueError(f"kind must be one of {', '.join(RECONSTRUCTIONS)}, got {kind!r}")
-    difference = (x - y).abs() if kind == "l1" else (x - y).square()
-    return difference.flatten(1).sum(1)
+    difference = (x - y).flatten(1)
+    match kind:
+        case "l1":
+            return difference.abs().sum(1)
+        case "l2":
+            return difference.square().sum(1)
+        case _:
+            return (difference.square() + CHARBONNIER_EPS**2).sqrt().sum(1)
 
 
-def nll(image: Tensor, target: Tensor, perceptual: Tensor, weights: LossWeights) -> Tensor:
-    """Reconstruction plus perceptual distance, summed over an image and averaged over the batch: scalar.
+def nll(
+    image: Tensor, target: Tensor, perceptual: Tensor, weights: LossWeights, logvar: Tensor | float = 0.0
+) -> Tensor:
+    """rec / exp(logvar) + logvar, summed over an image's values and averaged over the batch: scalar.
 
-    The distance [B] counts once for each of an image's C*H*W values, because latent-diffusion adds it to
-    every value's difference before summing; the published weights presume that.
+    rec is reconstruction plus perceptual distance. The distance [B] and `logvar` (scalar) count once for each of an
+    image's C*H*W values, because latent-diffusion adds both to every value's difference before summing; the published
+    weights presume that.
     """
     values = image[0].numel()
     per_image = reconstruction(image, target, weights.reconstruction) + weights.perceptual * values * perceptual
-    return per_image.mean()
+    logvar = torch.as_tensor(logvar, dtype=per_image.dtype, device=per_image.device)
+    return per_image.mean() * torch.exp(-logvar) + values * logvar
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation: keeps the discriminator's outputs near their moving averages (Tseng et al. 2021, eq. 4).
+
+    `averages` [2] are a_R and a_F, of the mean logits on real and on reconstructed pictures; before the first update
+    there is nothing to keep to and the penalty is zero.
+    """
+
+    averages: Tensor
+    updates: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("averages", torch.zeros(2))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """E (D(real) - a_F)^2 + E (D(fake) - a_R)^2: scalar."""
+        average_real, average_fake = self.averages[0], self.averages[1]
+        penalty: Tensor = (real_logits - average_fake).square().mean() + (fake_logits - average_real).square().mean()
+        return penalty * (self.updates > 0)
+
+    @torch.no_grad()
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Moves the averages towards the mean logits (scalars) of one step; the first step sets them."""
+        weight = torch.where(self.updates > 0, 1 - self.decay, 1.0)
+        self.averages.lerp_(torch.stack([real_mean, fake_mean]).to(self.averages), weight.to(self.averages))
+        self.updates += 1
+
+
+class LossState(nn.Module):
+    """What the losses learn and remember: `logvar` of `nll` (scalar), a parameter, and `lecam`'s averages.
+
+    Args:
+        logvar: the initial log-variance, which stays as it is unless `learn_logvar`.
+    """
+
+    def __init__(self, logvar: float = 0.0, learn_logvar: bool = False) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learn_logvar)
+        self.lecam = LeCam()
 
 
 def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -94,6 +176,25 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "hi
     if kind == "vanilla":
         return vanilla_d_loss(real_logits, fake_logits)
     raise ValueError(f"kind must be one of {', '.join(DISCRIMINATOR_LOSSES)}, got {kind!r}")
+
+
+def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Share of patches told right, real logits > 0 and fake logits < 0, both kinds weighing half: scalar."""
+    right = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
+    return 0.5 * right
+
+
+def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
+    """1/2 E ||grad_x D(x)||^2 on real images: scalar with a graph (Mescheder et al. 2018, eq. 9, without gamma).
+
+    D(x) is the mean of an image's patch logits, as in the adversarial losses.
+
+    Args:
+        real_logits: [B, 1, h, w], computed from `real`.
+        real: [B, C, H, W], requiring gradients.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.flatten(1).mean(1).sum(), real, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

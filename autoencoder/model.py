@@ -1,12 +1,13 @@
-"""AutoencoderKL, the first stage of latent diffusion (Rombach et al. 2022, section 3.1), and its folder."""
+"""AutoencoderKL, the first stage of latent diffusion (Rombach et al. 2022, section 3.1), and the folder of a model."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from autoencoder.blocks import Decoder, Encoder
-from autoencoder.config import AutoencoderConfig
+from autoencoder.config import AutoencoderConfig, VQConfig
 from autoencoder.gaussian import DiagonalGaussian
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+Config = TypeVar("Config")
 
 
 class Reconstruction(NamedTuple):
@@ -34,17 +37,14 @@ class Reconstruction(NamedTuple):
         return DiagonalGaussian(self.moments)
 
 
-class AutoencoderKL(nn.Module):
-    """Convolutional autoencoder with a Gaussian bottleneck; parameter names are those of diffusers' class."""
+class ConvolutionalAutoencoder(nn.Module):
+    """What `AutoencoderKL` and `VQModel` share: encoder, decoder, 1x1 convolutions around the latents, the folder."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+    config: AutoencoderConfig | VQConfig
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: nn.Conv2d | None
+    post_quant_conv: nn.Conv2d | None
 
     @property
     def downsample_factor(self) -> int:
@@ -65,12 +65,8 @@ class AutoencoderKL(nn.Module):
         self.encoder.gradient_checkpointing = enabled
         self.decoder.gradient_checkpointing = enabled
 
-    def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance [B, 2C, H/f, W/f] of q(z | x) for images x [B, 3, H, W] in [-1, 1].
-
-        Raises:
-            ValueError: the channels are not the config's, or H or W is no multiple of the factor f.
-        """
+    def _encoded(self, x: Tensor) -> Tensor:
+        """What leaves the encoder and its 1x1 convolution, [B, D, H/f, W/f], for images [B, 3, H, W] in [-1, 1]."""
         channels, factor = self.config.in_channels, self.downsample_factor
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
@@ -79,17 +75,14 @@ class AutoencoderKL(nn.Module):
         h: Tensor = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Posterior over raw latents [B, C, H/f, W/f] of images [B, 3, H, W] in [-1, 1]; see `moments`."""
-        return DiagonalGaussian(self.moments(x))
-
     def decode_features(self, z: Tensor) -> Tensor:
         """The last convolution's input [B, block_out_channels[0], f*h, f*w] for raw latents z [B, C, h, w].
 
         Raises:
-            ValueError: z has not `latent_channels` channels.
+            ValueError: z has not the latents' number of channels.
         """
-        channels = self.config.latent_channels
+        first = self.decoder.conv_in if self.post_quant_conv is None else self.post_quant_conv
+        channels = first.in_channels
         if z.ndim != 4 or z.shape[1] != channels:
             raise ValueError(f"latents must be [B, {channels}, h, w], got shape {tuple(z.shape)}")
         return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z))
@@ -98,6 +91,41 @@ class AutoencoderKL(nn.Module):
         """Images [B, 3, f*h, f*w], about [-1, 1] and not clamped, from raw latents z [B, C, h, w]."""
         image: Tensor = self.decoder.conv_out(self.decode_features(z))
         return image
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors; each file appears whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        _write(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+        _write(folder / CONFIG_NAME, (json.dumps(self.config.to_dict(), indent=2) + "\n").encode())
+
+
+class AutoencoderKL(ConvolutionalAutoencoder):
+    """Convolutional autoencoder with a Gaussian bottleneck; parameter names are those of diffusers' class."""
+
+    config: AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance [B, 2C, H/f, W/f] of q(z | x) for images x [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: the channels are not the config's, or H or W is no multiple of the factor f.
+        """
+        return self._encoded(x)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Posterior over raw latents [B, C, H/f, W/f] of images [B, 3, H, W] in [-1, 1]; see `moments`."""
+        return DiagonalGaussian(self.moments(x))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """Encode, take z = mean + std * noise (None: the posterior's mode), decode; a distributed wrapper calls it."""
@@ -115,9 +143,7 @@ class AutoencoderKL(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)
-        for name, parameter in model.named_parameters():
-            if ".conv2." in name or ".to_out.0." in name:
-                torch.nn.init.zeros_(parameter)
+        zero_residual_branches(model)
         return model
 
     @classmethod
@@ -131,23 +157,26 @@ class AutoencoderKL(nn.Module):
                 sentence names the file and the key.
         """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_NAME)
+        config = read_config(folder / CONFIG_NAME, AutoencoderConfig.from_dict)
         with torch.device("meta"):
             model = cls(config)
-        state = _read_weights(folder / WEIGHTS_NAME, model.state_dict())
-        model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+        load_weights(model, folder / WEIGHTS_NAME, device, dtype)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors; each file appears whole."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        _write(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
-        _write(folder / CONFIG_NAME, (json.dumps(self.config.to_dict(), indent=2) + "\n").encode())
+
+def zero_residual_branches(model: nn.Module) -> None:
+    """Zero the last layer of every residual branch: the network starts almost linear."""
+    for name, parameter in model.named_parameters():
+        if ".conv2." in name or ".to_out.0." in name:
+            torch.nn.init.zeros_(parameter)
 
 
-def _read_config(path: Path) -> AutoencoderConfig:
+def read_config(path: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
+    """What `parse` makes of the JSON object in `path`.
+
+    Raises:
+        ValueError: the file is missing, unreadable or refused by `parse`; the sentence names the file.
+    """
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -155,9 +184,19 @@ def _read_config(path: Path) -> AutoencoderConfig:
     if type(values) is not dict:
         raise ValueError(f"{path}: the autoencoder's config must be a JSON object, got {type(values).__name__}")
     try:
-        return AutoencoderConfig.from_dict(values)
+        return parse(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Replace the model's parameters, which may be on the meta device, by those of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or its keys or shapes are not the model's.
+    """
+    state = _read_weights(path, model.state_dict())
+    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
 
 
 def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,8 +220,8 @@ def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
 def current_key(key: str) -> str:
     """Today's name of a parameter; older diffusers named the projections query, key, value and proj_attn."""
     return re.sub(
-        r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-        lambda found: OLD_ATTENTION_NAMES[found[1]],
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)",
+        lambda found: found[1] + OLD_ATTENTION_NAMES[found[2]],
         key,
     )
 

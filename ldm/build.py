@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import LPIPS, AutoencoderKL, EfficientNetFeatureDistance, LossWeights, PatchDiscriminator
+from autoencoder import (
+    LPIPS,
+    AutoencoderKL,
+    DiscriminatorPenalties,
+    EfficientNetFeatureDistance,
+    LossState,
+    LossWeights,
+    PatchDiscriminator,
+)
 from autoencoder.perceptual import FeatureDistance
 from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
 from ldm.config import (
@@ -30,7 +38,7 @@ from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, open_source, open_stream
 from ldm.data.transforms import BadImage
 from ldm.networks import UNet
-from ldm.pretrained import resolve
+from ldm.pretrained import read_vae, resolve
 from ldm.process import Objective
 from ldm.seeds import generator, seed_of
 
@@ -81,8 +89,26 @@ def build_batches(
 
 
 def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
-    """A new autoencoder, its weights a function of the seed."""
-    return AutoencoderKL.from_scratch(config.autoencoder, seed_of(config.seed, "autoencoder"))
+    """A new autoencoder, its weights a function of the seed, or the pretrained one, its encoder frozen where asked.
+
+    Raises:
+        ConfigError: the pretrained one cannot be read or had, or does not fit `data.resolution`.
+    """
+    if config.pretrained is None:
+        return AutoencoderKL.from_scratch(config.autoencoder, seed_of(config.seed, "autoencoder"))
+    try:
+        vae = read_vae(resolve(config.pretrained)).train()
+    except ValueError as error:
+        raise ConfigError(f"`pretrained`: {error}") from error
+    if config.data.resolution % vae.downsample_factor:
+        raise ConfigError(
+            f"`data.resolution` is {config.data.resolution}; the autoencoder of `pretrained` needs a multiple of "
+            f"{vae.downsample_factor}"
+        )
+    for frozen in (vae.encoder, vae.quant_conv) if config.freeze_encoder else ():
+        if frozen is not None:
+            frozen.requires_grad_(False)
+    return vae
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:
@@ -125,6 +151,16 @@ def build_loss_weights(config: AutoencoderLossConfig) -> LossWeights:
         discriminator_loss=config.discriminator_loss,
         discriminator_start=config.discriminator_start,
     )
+
+
+def build_penalties(config: DiscriminatorConfig) -> DiscriminatorPenalties:
+    """The weights of the discriminator's regularisers."""
+    return DiscriminatorPenalties(config.r1, config.r1_every, config.lecam)
+
+
+def build_loss_state(config: AutoencoderLossConfig) -> LossState:
+    """What the stage-one losses learn and remember, at its start."""
+    return LossState(config.logvar_init, config.learn_logvar)
 
 
 def build_text_encoder(
@@ -202,4 +238,7 @@ def build_objective(config: LdmTraining) -> Objective:
         config.objective.timestep_sampling,
         config.objective.logit_mean,
         config.objective.logit_std,
+        config.objective.weighting,
+        config.objective.p2_gamma,
+        config.objective.p2_k,
     )

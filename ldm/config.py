@@ -6,6 +6,7 @@ Field names follow diffusers' text-to-image script where that script has the set
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 import draccus
@@ -13,7 +14,8 @@ import draccus
 from autoencoder import AutoencoderConfig
 from ldm.networks.config import UNetConfig
 from ldm.process.schedule import DiffusionConfig
-from ldm.sampling import SAMPLERS
+from ldm.process.weighting import Weighting
+from ldm.sampling import named_sampler
 
 
 class ConfigError(ValueError):
@@ -134,31 +136,44 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Weights of the stage-one loss; defaults are latent-diffusion's (Rombach et al. 2022, appendix G)."""
+    """Weights of the stage-one loss; defaults are latent-diffusion's (Rombach et al. 2022, appendix G).
 
-    reconstruction: Literal["l1", "l2"] = "l1"
+    `logvar_init` is the log-variance of the output, which stays as it is unless `learn_logvar`.
+    """
+
+    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
     perceptual: float = 1.0
     kl: float = 1e-6
     discriminator: float = 0.5
     discriminator_start: int = 50_001
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    learn_logvar: bool = False
+    logvar_init: float = 0.0
 
     def __post_init__(self) -> None:
         _require_at_least(self, "loss", 0, "perceptual", "kl", "discriminator", "discriminator_start")
+        _require(isfinite(self.logvar_init), f"`loss.logvar_init` is {self.logvar_init}; it must be a finite number")
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The patch discriminator and its own learning rate, as a multiple of the autoencoder's."""
+    """The patch discriminator, its own learning rate as a multiple of the autoencoder's, and its regularisers.
+
+    `r1` and `lecam` are weights, 0 switches one off; R1 is computed at every `r1_every`-th step.
+    """
 
     num_layers: int = 3
     base_channels: int = 64
-    norm: Literal["batch", "group", "none"] = "batch"
+    norm: Literal["batch", "group", "act", "none"] = "batch"
     spectral_norm: bool = False
     learning_rate_ratio: float = 1.0
+    r1: float = 0.0
+    r1_every: int = 16
+    lecam: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "discriminator", 1, "num_layers", "base_channels")
+        _require_at_least(self, "discriminator", 1, "num_layers", "base_channels", "r1_every")
+        _require_at_least(self, "discriminator", 0, "r1", "lecam")
         _require_positive(self, "discriminator", "learning_rate_ratio")
 
 
@@ -186,10 +201,10 @@ class SampleValidation:
 
     def __post_init__(self) -> None:
         _require_at_least(self, "validation", 1, "steps", "num_inference_steps")
-        _require(
-            self.sampler in SAMPLERS,
-            f"`validation.sampler` is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}",
-        )
+        try:
+            named_sampler(self.sampler)
+        except ValueError as error:
+            raise ConfigError(f"`validation.{str(error).replace(' is ', '` is ', 1)}") from error
 
 
 @dataclass(frozen=True)
@@ -221,16 +236,27 @@ class ScratchClip(TextEncoderConfig):
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which noise levels are trained and how their errors are weighted; `snr_gamma` is Min-SNR's."""
+    """Which noise levels are trained and how their errors are weighted.
+
+    `snr_gamma` is Min-SNR's and excludes another `weighting`; `p2_gamma` and `p2_k` belong to `p2`.
+    """
 
     snr_gamma: float | None = None
+    weighting: Weighting = "none"
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     proportion_empty_prompts: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_positive(self, "objective", "snr_gamma", "logit_std")
+        _require_positive(self, "objective", "snr_gamma", "logit_std", "p2_gamma", "p2_k")
+        _require(
+            self.snr_gamma is None or self.weighting == "none",
+            f"`objective.weighting` is {self.weighting} with `objective.snr_gamma` {self.snr_gamma}; it must be none, "
+            "`snr_gamma` is a weighting of its own",
+        )
         _require(
             0 <= self.proportion_empty_prompts <= 1,
             f"`objective.proportion_empty_prompts` is {self.proportion_empty_prompts}; it must lie in [0, 1]",
@@ -256,10 +282,16 @@ class LatentCacheConfig:
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """Everything `train_autoencoder.py` needs. `scaling_factor` null: measured on the data at the end."""
+    """Everything `train_autoencoder.py` needs. `scaling_factor` null: measured on the data at the end.
+
+    `pretrained`, a `vae/` folder, a model folder or a hub id, is trained further in place of a new `autoencoder`;
+    `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder alone.
+    """
 
     output_dir: str
     seed: int = 0
+    pretrained: str | None = None
+    freeze_encoder: bool = False
     scaling_factor: float | None = None
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
@@ -274,11 +306,28 @@ class AutoencoderTraining:
     def __post_init__(self) -> None:
         _require_at_least(self, "", 1, "statistics_samples")
         _require_positive(self, "", "scaling_factor")
+        self._check_pretrained()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         _require(
             self.data.resolution % factor == 0,
             f"`data.resolution` is {self.data.resolution}; with {len(self.autoencoder.block_out_channels)} "
             f"`autoencoder.block_out_channels` it must be a multiple of {factor}",
+        )
+
+    def _check_pretrained(self) -> None:
+        _require(
+            self.pretrained is None or self.autoencoder == AutoencoderConfig(),
+            f"`pretrained` is {self.pretrained!r} and there is an `autoencoder` section; give one of the two, a "
+            "pretrained model brings its own config",
+        )
+        _require(
+            self.pretrained is not None or not self.freeze_encoder,
+            "`freeze_encoder` is true and `pretrained` null; a new encoder must be trained, so it must be false",
+        )
+        _require(
+            self.scaling_factor is None or not self.freeze_encoder,
+            f"`scaling_factor` is {self.scaling_factor} and `freeze_encoder` true; it must be null, the pretrained "
+            "model's scale is kept",
         )
 
 

@@ -17,7 +17,7 @@ from ldm.pretrained import BUNDLED, Model, read_model, write_model
 from ldm.process import timesteps as spaced_timesteps
 from ldm.process.posterior import q_sample
 from ldm.process.prediction import Prediction
-from ldm.sampling import SAMPLERS, Callback, Denoiser, guided_denoiser, randn_rows
+from ldm.sampling import Callback, Denoiser, guided_denoiser, named_sampler, randn_rows
 from ldm.sampling.denoiser import Network
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
@@ -111,7 +111,7 @@ class TextToImage:
         texts = [text for text in prompts for _ in range(num_images)]
         shape = self._latent_shape(height, width)
         visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
-        draw = self._sampler(self.setting("sampler", sampler))
+        draw = named_sampler(self.setting("sampler", sampler))
         scale = float(self.setting("guidance_scale", guidance_scale))
         start = None if init_image is None else self._encode(init_image, shape)
         keep = None if mask is None else self._keep_mask(mask, shape, start)
@@ -129,7 +129,7 @@ class TextToImage:
             z = draw(denoise, x, self.schedule, visited, rng, callback)
             if keep is not None and start is not None:
                 z = torch.lerp(z, start.expand_as(z), keep)
-            for row in z.to(self.dtype).split(1):
+            for row in torch.split(z.to(self.dtype), 1):
                 images.extend(to_images(self.codec.decode(row)))
             if progress is not None:
                 progress(len(rows))
@@ -183,11 +183,6 @@ class TextToImage:
             steps, diffusion.num_train_timesteps, diffusion.timestep_spacing, diffusion.steps_offset
         )
         return visited[len(visited) - max(1, round(steps * strength)) :]
-
-    def _sampler(self, name: str) -> Any:
-        if name not in SAMPLERS:
-            raise ValueError(f"sampler is {name!r}; accepted: {', '.join(SAMPLERS)}")
-        return SAMPLERS[name]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         # every downsampling of the U-Net halves the latent once more

@@ -109,6 +109,21 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("training: {ema_decay: 1.0}", ["`training.ema_decay` is 1.0"]),
         ("validation: {steps: 0}", ["`validation.steps` is 0"]),
         ("scaling_factor: 0", ["`scaling_factor` is 0.0"]),
+        ("loss: {reconstruction: huber}", ["`loss.reconstruction` is 'huber'", "l1, l2, charbonnier"]),
+        ("loss: {logvar_init: .inf}", ["`loss.logvar_init` is inf", "finite"]),
+        ("discriminator: {norm: layer}", ["`discriminator.norm` is 'layer'", "batch, group, act, none"]),
+        ("discriminator: {r1: -1}", ["`discriminator.r1` is -1.0", "at least 0"]),
+        ("discriminator: {r1_every: 0}", ["`discriminator.r1_every` is 0", "at least 1"]),
+        ("discriminator: {lecam: -0.1}", ["`discriminator.lecam` is -0.1", "at least 0"]),
+        (
+            "pretrained: here\nautoencoder: {latent_channels: 8}",
+            ["`pretrained` is 'here'", "`autoencoder` section", "one of the two"],
+        ),
+        ("freeze_encoder: true", ["`freeze_encoder` is true", "`pretrained` null"]),
+        (
+            "pretrained: here\nfreeze_encoder: true\nscaling_factor: 0.5",
+            ["`scaling_factor` is 0.5", "`freeze_encoder` true", "must be null"],
+        ),
     ],
 )
 def test_an_impossible_value_or_combination_is_refused(tmp_path: Path, text: str, names: list[str]) -> None:
@@ -121,6 +136,8 @@ def test_an_impossible_value_or_combination_is_refused(tmp_path: Path, text: str
     [
         ("data: {center_crop: false}", ["`data.center_crop` is False"]),
         ("data: {streaming: true, source: folder}", ["`data.streaming` True"]),
+        ("objective: {weighting: p2, snr_gamma: 5}", ["`objective.weighting` is p2"]),
+        ("objective: {p2_k: 0}", ["`objective.p2_k` is 0.0"]),
         ("validation: {sampler: dim}", ["`validation.sampler` is 'dim'", "ddim"]),
         ("validation: {num_inference_steps: 2000}", ["`validation.num_inference_steps` is 2000", "1000"]),
         ("objective: {proportion_empty_prompts: 2}", ["`objective.proportion_empty_prompts` is 2.0"]),
@@ -180,6 +197,12 @@ def test_numbers_and_words_that_yaml_reads_otherwise(tmp_path: Path) -> None:
     text = STAGE_ONE + "optimizer: {learning_rate: 1e-4}\ntraining: {mixed_precision: no}\n"
     config = load(tmp_path, AutoencoderTraining, text)
     assert config.optimizer.learning_rate == 1e-4 and config.training.mixed_precision == "no"
+
+
+def test_fine_tuning_needs_no_autoencoder_section_and_is_written_back(tmp_path: Path) -> None:
+    config = load(tmp_path, AutoencoderTraining, STAGE_ONE, "--pretrained", "vae", "--freeze_encoder", "true")
+    assert (config.pretrained, config.freeze_encoder, config.scaling_factor) == ("vae", True, None)
+    assert load(tmp_path, AutoencoderTraining, dump_config(config)) == config
 
 
 def test_the_type_chooses_the_text_encoder(tmp_path: Path) -> None:

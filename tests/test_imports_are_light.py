@@ -18,6 +18,8 @@ HEAVY = {
     "lpips",
     "pandas",
     "tensorboard",
+    "torch_fidelity",
+    "torchmetrics",
     "torchvision",
     "transformers",
 }

@@ -5,32 +5,63 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
+
+from ldm.cli.device import usable_device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ldm.evaluation.features import FeatureNet
+
+    Module = TypeVar("Module", bound=nn.Module)
+
+JUDGE = "efficientnet_lite2"
+"""The default network of the reconstruction suite: no training loss of ours uses it."""
+
+ROWS = {
+    "psnr": "PSNR in dB, mean over pictures",
+    "psnr_median": "PSNR in dB, median",
+    "psnr_worst": "PSNR in dB, worst picture",
+    "ssim": "SSIM",
+    "l1": "L1, pictures in [-1, 1]",
+}
+"""Metric -> what the printed table calls it."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     p = argparse.ArgumentParser(prog="ldm-evaluate", description="Measure a model.", allow_abbrev=False)
-    p.add_argument("--model", default=None, help="model folder or hub id (default: the bundled model)")
+    p.add_argument("--model", default=None, help="model folder, vae folder or hub id (default: the bundled model)")
     p.add_argument("--suite", choices=("reconstruction", "shapes"), required=True)
-    p.add_argument("--data", default="shapes", help="data source of the reconstruction suite")
-    p.add_argument("--split", default="validation", help="split of --data")
-    p.add_argument("--resolution", type=int, default=None, help="default: the model's own")
-    p.add_argument("--features", choices=("none", "efficientnet_lite0"), default="none", help="perceptual distance too")
     p.add_argument("--num-samples", type=int, default=500, help="pictures, of each split in the shapes suite")
-    p.add_argument("--num-shapes", type=int, choices=(1, 2), default=None, help="shapes suite: scenes of one or two")
-    p.add_argument("--steps", type=int, default=None)
-    p.add_argument("--guidance-scale", type=float, default=None)
-    p.add_argument("--sampler", default=None)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch-size", type=int, default=50)
     p.add_argument("--device", default=None)
     p.add_argument("--output", default=None, metavar="FILE.json", help="where to write the figures and a picture grid")
+    drawn = p.add_argument_group("shapes suite")
+    drawn.add_argument("--num-shapes", type=int, choices=(1, 2), default=None, help="scenes of one or two")
+    drawn.add_argument("--steps", type=int, default=None)
+    drawn.add_argument("--guidance-scale", type=float, default=None)
+    drawn.add_argument("--sampler", default=None)
+    judged = p.add_argument_group("reconstruction suite")
+    judged.add_argument("--data", default="shapes", metavar="SOURCE", help="any data source that training reads")
+    judged.add_argument("--split", default="validation", help="split of --data")
+    judged.add_argument("--image-column", default="image", metavar="NAME", help="column of --data with the pictures")
+    judged.add_argument("--caption-column", default="text", metavar="NAME", help="column of --data with captions")
+    judged.add_argument("--resolution", type=int, default=None, help="default: the model's own")
+    nets = "efficientnet_lite0, efficientnet_lite2"
+    lpips = "lpips_vgg, lpips_alex, lpips_squeeze"
+    judged.add_argument("--perceptual", default=JUDGE, metavar="NAME", help=f"distance: {nets}, {lpips} or none")
+    judged.add_argument("--perceptual-weights", default=None, metavar="FILE", help="backbone of an lpips distance")
+    judged.add_argument("--features", default=JUDGE, metavar="NAME", help=f"of rFID: {nets}, inception or none")
+    judged.add_argument("--features-weights", default=None, metavar="FILE", help="weights of the inception features")
     return p
 
 
@@ -52,11 +83,14 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
         ValueError: one sentence naming the flag or file at fault.
     """
     args = parser().parse_args(list(argv))
-    if args.num_samples < 1:
-        raise ValueError(f"--num-samples is {args.num_samples}; it must be at least 1")
+    for flag, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    if args.output and (Path(args.output).suffix == ".png" or Path(args.output).is_dir()):
+        raise ValueError(f"--output is {args.output}; it must be a .json file, the picture is written beside it")
     report, grid = _shapes(args) if args.suite == "shapes" else _reconstruction(args)
     text = json.dumps(report, indent=2)
-    print(text)
+    print(text if args.suite == "shapes" else _table(report))
     if args.output:
         path = Path(args.output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,18 +99,12 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     return report
 
 
-def _device(args: argparse.Namespace) -> str:
-    import torch
-
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     from ldm.evaluation.grid import image_grid
     from ldm.evaluation.shapes import SPLITS, evaluate_shapes
     from ldm.pipeline import TextToImage
 
-    pipe = TextToImage.from_pretrained(args.model, _device(args))
+    pipe = TextToImage.from_pretrained(args.model, usable_device(args.device))
     wanted = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
     with tqdm(total=args.num_samples * len(SPLITS), unit="image") as bar:
         splits, drawn = evaluate_shapes(
@@ -97,42 +125,74 @@ def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
 
 
 def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
-    import torch
-
-    from autoencoder import EfficientNetFeatureDistance
     from ldm.data.batches import Transform
-    from ldm.data.pixels import stacked
-    from ldm.data.sources import open_source
-    from ldm.data.transforms import to_images
-    from ldm.evaluation.grid import image_grid
-    from ldm.evaluation.reconstruction import psnr, reconstruct
+    from ldm.data.sources import Columns, open_source
+    from ldm.evaluation.features import feature_net, perceptual_distance
+    from ldm.evaluation.reconstruction import Pictures, comparison_grid, evaluate_reconstruction
     from ldm.pretrained import BUNDLED, read_vae, resolve
 
-    device = _device(args)
+    device = usable_device(args.device)
+    perceptual = _judge("--perceptual", perceptual_distance, args.perceptual, args.perceptual_weights, device)
+    features = _judge("--features", feature_net, args.features, args.features_weights, device)
     vae = read_vae(resolve(args.model or BUNDLED)).to(device)
-    resolution = args.resolution or vae.config.sample_size
-    source = open_source(args.data, args.split, resolution, max_samples=args.num_samples)
-    images = stacked(source, Transform(resolution), args.num_samples)
-    pairs = list(reconstruct(vae, (chunk.to(device) for chunk in torch.split(images, 32))))
-    x, y = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
-    values = psnr(x, y)
-    order = values.argsort()
-    middle = len(order) // 2
-    chosen = torch.cat([order[:8], order[middle : middle + 8]])
-    labels = [f"{values[i]:.1f} dB" for i in chosen]
-    grid = image_grid(to_images(x[chosen]) + to_images(y[chosen]), len(chosen), labels * 2, min_side=64)
-    metrics = {
-        "psnr": float(values.mean()),
-        "psnr_median": float(values.median()),
-        "psnr_worst": float(values.min()),
-        "l1": float((x - y).abs().mean()),
+    resolution = vae.config.sample_size if args.resolution is None else args.resolution
+    if resolution < 1 or resolution % vae.downsample_factor:
+        raise ValueError(f"--resolution is {resolution}; it must be a positive multiple of {vae.downsample_factor}")
+    columns = Columns(args.image_column, (args.caption_column,))
+    source = open_source(args.data, args.split, resolution, columns, seed=args.seed)
+    pictures = Pictures(source, Transform(resolution), args.num_samples, args.batch_size, device)
+    figures = evaluate_reconstruction(vae, tqdm(pictures.batches(), unit="batch"), perceptual, features)
+    count = len(figures.psnr)
+    _warn(count, pictures.skipped, features)
+    settings = {
+        "model": args.model or "bundled",
+        "data": source.name,
+        "resolution": resolution,
+        "perceptual": args.perceptual,
+        "features": args.features,
+        "feature_dimensions": next((net.dim for net in features.values()), None),
+        "skipped": len(pictures.skipped),
+        "seed": args.seed,
     }
-    if args.features == "efficientnet_lite0":
-        distance = EfficientNetFeatureDistance()
-        distances = torch.cat([distance(b.cpu(), a.cpu()) for a, b in pairs])
-        metrics["perceptual_efficientnet_lite0"] = float(distances.mean())
-    settings = {"model": args.model or "bundled", "data": source.name, "resolution": resolution}
-    return {"suite": "reconstruction", "num_samples": len(x), "metrics": metrics, "settings": settings}, grid
+    report = {"suite": "reconstruction", "num_samples": count, "metrics": figures.metrics, "settings": settings}
+    return report, comparison_grid(vae, pictures, figures.psnr)
+
+
+def _judge(
+    flag: str, build: Callable[[str, str | None], Module], name: str, weights: str | None, device: torch.device
+) -> dict[str, Module]:
+    """The network that a flag names, by its name; none where it says `none`."""
+    try:
+        return {} if name == "none" else {name: build(name, weights).to(device)}
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from error
+
+
+def _warn(count: int, skipped: Sequence[str], features: Mapping[str, FeatureNet]) -> None:
+    """Says on stderr, in a line each, which pictures are missing and what a Frechet distance is not worth."""
+    if skipped:
+        print(f"warning: {len(skipped)} samples could not be used, such as {skipped[0]}", file=sys.stderr)
+    for name, net in features.items():
+        if count < net.dim:
+            print(
+                f"warning: {count} pictures are fewer than the {net.dim} features of {name}: compare this Frechet "
+                "distance only with one of as many pictures",
+                file=sys.stderr,
+            )
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    settings, count = report["settings"], report["num_samples"]
+    perceptual, features, side = (settings[key] for key in ("perceptual", "features", "resolution"))
+    names = {
+        **ROWS,
+        f"perceptual_{perceptual}": f"perceptual distance, {perceptual}",
+        f"frechet_{features}": f"Frechet distance, {features}, {settings['feature_dimensions']} features",
+    }
+    rows = [(names[metric], value) for metric, value in report["metrics"].items()]
+    width = max(len(name) for name, _ in rows)
+    title = f"{settings['model']} on {settings['data']}, {count} pictures of {side} x {side}"
+    return "\n".join([title, *(f"  {name:{width}}  {value:10.4f}" for name, value in rows)])
 
 
 if __name__ == "__main__":

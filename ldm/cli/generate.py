@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.cli.device import usable_device
+
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
 
@@ -22,6 +24,11 @@ SAMPLER_NAMES = {
     "euler": "Euler",
     "heun": "Heun",
     "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "euler_a": "Euler a",
+    "unipc": "UniPC",
+    "langevin": "Langevin",
+    "predictor_corrector": "Predictor-corrector",
 }
 STORED_KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
@@ -51,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     p.add_argument("--steps", "--num-inference-steps", type=int, default=None)
     p.add_argument("--guidance-scale", "--cfg-scale", type=float, default=None)
-    p.add_argument("--sampler", "--scheduler", default=None, help=f"one of {', '.join(SAMPLER_NAMES)}")
+    p.add_argument(
+        "--sampler", "--scheduler", default=None, help=f"one of {', '.join(SAMPLER_NAMES)}, or diffusers:CLASS"
+    )
     p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i")
     p.add_argument("--height", type=int, default=None)
     p.add_argument("--width", type=int, default=None)
@@ -125,12 +134,7 @@ def _load(args: argparse.Namespace) -> TextToImage:
 
     from ldm.pipeline import TextToImage
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        placed = torch.device(device)
-        torch.empty(0, device=placed)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    placed = usable_device(args.device)
     return TextToImage.from_pretrained(args.model, placed, getattr(torch, args.dtype) if args.dtype else None)
 
 

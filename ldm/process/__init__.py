@@ -1,7 +1,28 @@
 """The mathematics of diffusion: pure functions and frozen dataclasses on tensors."""
 
+from ldm.process.bound import (
+    Bound,
+    ReverseModel,
+    ReverseStep,
+    bound_term,
+    discretized_log_likelihood,
+    fixed_variance,
+    gaussian_kl,
+    gaussian_log_density,
+    hybrid_loss,
+    learned_step,
+    learned_variance,
+    prior_term,
+    variational_bound,
+)
+from ldm.process.flow import RectifiedFlow, time_shift
+from ldm.process.importance import LossHistory
+from ldm.process.likelihood import PROBES, Probe, bits_per_dim, draw_probe, ode_log_likelihood
+from ldm.process.noise import offset_noise, perturbed_noise
 from ldm.process.objective import NoisedExample, Objective
 from ldm.process.posterior import (
+    interpolated_log_variance,
+    log_variance_table,
     model_variance,
     p_mean_from_eps,
     posterior_mean,
@@ -10,29 +31,84 @@ from ldm.process.posterior import (
     q_step,
 )
 from ldm.process.prediction import PREDICTION_TYPES, Prediction, PredictionType, from_x0_eps, to_x0_eps
-from ldm.process.schedule import BETA_SCHEDULES, BetaSchedule, DiffusionConfig, NoiseSchedule, finite_log_snr
+from ldm.process.schedule import (
+    BETA_SCHEDULES,
+    TABLE_PREDICTIONS,
+    BetaSchedule,
+    DiffusionConfig,
+    NoiseSchedule,
+    Schedule,
+    TablePrediction,
+    finite_log_snr,
+)
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing, timesteps
+from ldm.process.ve import VarianceExploding
+from ldm.process.weighting import (
+    WEIGHTINGS,
+    Weighting,
+    debiased_weight,
+    min_snr_weight,
+    p2_weight,
+    per_target,
+    snr_truncated_weight,
+)
 
 __all__ = [
     "BETA_SCHEDULES",
     "PREDICTION_TYPES",
+    "PROBES",
+    "TABLE_PREDICTIONS",
     "TIMESTEP_SPACINGS",
+    "WEIGHTINGS",
     "BetaSchedule",
+    "Bound",
     "DiffusionConfig",
+    "LossHistory",
     "NoiseSchedule",
     "NoisedExample",
     "Objective",
     "Prediction",
     "PredictionType",
+    "Probe",
+    "RectifiedFlow",
+    "ReverseModel",
+    "ReverseStep",
+    "Schedule",
+    "TablePrediction",
     "TimestepSpacing",
+    "VarianceExploding",
+    "Weighting",
+    "bits_per_dim",
+    "bound_term",
+    "debiased_weight",
+    "discretized_log_likelihood",
+    "draw_probe",
     "finite_log_snr",
+    "fixed_variance",
     "from_x0_eps",
+    "gaussian_kl",
+    "gaussian_log_density",
+    "hybrid_loss",
+    "interpolated_log_variance",
+    "learned_step",
+    "learned_variance",
+    "log_variance_table",
+    "min_snr_weight",
     "model_variance",
+    "ode_log_likelihood",
+    "offset_noise",
+    "p2_weight",
     "p_mean_from_eps",
+    "per_target",
+    "perturbed_noise",
     "posterior_mean",
     "posterior_variance",
+    "prior_term",
     "q_sample",
     "q_step",
+    "snr_truncated_weight",
+    "time_shift",
     "timesteps",
     "to_x0_eps",
+    "variational_bound",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ldm.process.prediction import check_choice
@@ -44,6 +45,29 @@ def p_mean_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev:
     """mu_theta, the mean of p(x_{t-1} | x_t) from noise; needs alpha_bar > 0 (Ho et al. 2020, eq. 11)."""
     alpha_t = alpha_bar / alpha_bar_prev
     return (x_t - (1 - alpha_t) / (1 - alpha_bar).sqrt() * eps) / alpha_t.sqrt()
+
+
+def interpolated_log_variance(raw: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
+    """log sigma_t² of p(x_{t-1} | x_t) that a network chooses: v·log beta + (1 - v)·log beta-tilde.
+
+    Nichol & Dhariwal 2021, eq. 15, with v = (raw + 1)/2, so that an output of 0 is the middle and [-1, 1] the range
+    between the bounds; raw itself is not bounded. `log_small` and `log_large` broadcast to it.
+    """
+    return torch.lerp(log_small, log_large, (raw + 1) / 2)
+
+
+def log_variance_table(alphas_cumprod: Tensor, kind: ModelVariance) -> Tensor:
+    """log sigma_t² of every step of a table of alpha_bar [T], like it.
+
+    beta-tilde is 0 in the first step, which has no logarithm: its place takes the second step's, as in Improved
+    DDPM, or beta where T = 1. Raises ValueError for another kind.
+    """
+    before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    variance = model_variance(alphas_cumprod, before, kind)
+    if kind == "fixed_small":
+        first = variance[1:2] if len(variance) > 1 else 1 - alphas_cumprod
+        variance = torch.cat([first, variance[1:]])
+    return variance.log()
 
 
 def model_variance(alpha_bar: Tensor, alpha_bar_prev: Tensor, kind: ModelVariance) -> Tensor:

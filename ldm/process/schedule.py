@@ -1,7 +1,8 @@
 """The noise schedule: alpha(t), sigma(t) and log-SNR(t) of the forward process x_t = alpha·x0 + sigma·eps.
 
 Time is the index t = 0 ... T-1 of the trained table, as in Stable Diffusion; index t is step t + 1 of the
-papers, which count from 1. The process is variance preserving: alpha² + sigma² = 1, alpha² = alpha_bar.
+papers, which count from 1. The process of a table is variance preserving: alpha² + sigma² = 1, alpha² = alpha_bar.
+`Schedule` is what it has in common with `ldm.process.flow` and `ldm.process.ve`, where that does not hold.
 """
 
 from __future__ import annotations
@@ -9,19 +10,61 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from ldm.process.prediction import PREDICTION_TYPES, PredictionType, check_choice
+from ldm.process.prediction import check_choice
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
+from ldm.process.tables import check_timesteps, over, timestep_of, value_at
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
+TablePrediction = Literal["epsilon", "v_prediction", "sample"]
+TABLE_PREDICTIONS: tuple[TablePrediction, ...] = get_args(TablePrediction)
+"""The prediction types that scheduler_config.json of a beta table can name."""
 
 ZERO_SNR_ALPHA_BAR = 2.0**-24
 """Stands in for alpha_bar = 0 where a finite log-SNR is needed; the value that diffusers' solvers use."""
+
+
+class Schedule(Protocol):
+    """A Gaussian process x_t = alpha(t)·x0 + sigma(t)·eps; t are the timesteps that the network is told."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the scale of the timesteps."""
+        ...
+
+    @property
+    def prior_std(self) -> float:
+        """The standard deviation of x_t at the last timestep, where sampling starts."""
+        ...
+
+    def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The factor of x0, of t's shape and device."""
+        ...
+
+    def sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The factor of eps, of t's shape and device."""
+        ...
+
+    def log_snr(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """log(alpha² / sigma²), falling and finite, of t's shape and device."""
+        ...
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t [B], each [B, 1, ...] to broadcast over `like` [B, ...], and like it."""
+        ...
+
+    def timestep(self, u: Tensor) -> Tensor:
+        """The timestep at the part u in [0, 1] of all of them, shaped as u."""
+        ...
+
+    def timestep_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`: float64, shaped as `log_snr`, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +113,34 @@ class NoiseSchedule:
         alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
+    @classmethod
+    def sigmoid(
+        cls, num_train_timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, floor: float = 1e-9
+    ) -> NoiseSchedule:
+        """alpha_bar = (S(end) - S(start + (end - start)·u)) / (S(end) - S(start)), S(z) = sigmoid(z/tau), u = t/T.
+
+        Jabri et al. 2022, the schedule function "sigmoid", at u = 1/T ... 1, not below `floor`. (diffusers' beta
+        schedule of this name is another function.) Raises ValueError unless start < end, tau > 0 and floor > 0.
+        """
+        if not (start < end and tau > 0 and floor > 0):
+            raise ValueError(
+                f"start is {start}, end {end}, tau {tau} and floor {floor}; accepted: start < end, tau and floor > 0"
+            )
+        u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        first, last = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64))
+        middle = torch.sigmoid((start + (end - start) * u) / tau)
+        return cls(((last - middle) / (last - first)).clamp(min=floor))
+
+    def shifted(self, base: float, resolution: float) -> NoiseSchedule:
+        """The log-SNR of every step moved by 2·log(base / resolution) (Hoogeboom et al. 2023, section 3.1).
+
+        A schedule tuned on pictures of side `base` then destroys pictures of side `resolution` as much, seen at the
+        base's size. Raises ValueError unless both are positive.
+        """
+        if not (base > 0 and resolution > 0):
+            raise ValueError(f"base is {base} and resolution {resolution}; accepted: positive numbers")
+        return NoiseSchedule(torch.sigmoid(torch.logit(self.alphas_cumprod) + 2 * math.log(base / resolution)))
+
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Alpha shifted and scaled: the last value becomes 0, the first stays (Lin et al. 2024, alg. 1)."""
         alpha = self.alphas_cumprod.sqrt()
@@ -78,6 +149,11 @@ class NoiseSchedule:
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def prior_std(self) -> float:
+        """The standard deviation of x_t at the last timestep, where sampling starts."""
+        return 1.0
 
     @property
     def betas(self) -> Tensor:
@@ -103,8 +179,16 @@ class NoiseSchedule:
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t [B], each [B, 1, ...] to broadcast over `like` [B, ...], and like it."""
-        alpha_bar = self._alpha_bar64(t).reshape(-1, *[1] * (like.ndim - 1))
+        alpha_bar = over(self._alpha_bar64(t), like)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+    def timestep(self, u: Tensor) -> Tensor:
+        """The index floor(T·u) of quantiles u in [0, 1]: int64, shaped as u, at most T - 1."""
+        return (u.double() * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def timestep_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`: float64 timesteps in [0, T - 1], shaped as `log_snr`, on the CPU."""
+        return timestep_of(finite_log_snr(self.alphas_cumprod), log_snr.cpu().double())
 
     def alpha_bar_path(self, timesteps: Tensor, final: float) -> Tensor:
         """alpha_bar at a sampler's timesteps [S], and `final` after the last one: float64 [S + 1] on the CPU.
@@ -119,16 +203,12 @@ class NoiseSchedule:
 
     def _alpha_bar64(self, t: Tensor) -> Tensor:
         t = t.detach().cpu()
-        if ((t < 0) | (t > self.num_train_timesteps - 1)).any():
-            raise ValueError(f"t is {t.tolist()}; accepted: 0 to {self.num_train_timesteps - 1}")
+        check_timesteps(t, self.num_train_timesteps - 1)
+        below = self.alphas_cumprod[t.long()]
         if not t.is_floating_point():
-            return self.alphas_cumprod[t.long()]
-        low = t.double().floor()
-        left = low.long()
-        right = (left + 1).clamp(max=self.num_train_timesteps - 1)
-        table = finite_log_snr(self.alphas_cumprod)
-        between = torch.sigmoid(torch.lerp(table[left], table[right], t.double() - low))
-        return torch.where(t == low, self.alphas_cumprod[left], between)
+            return below
+        between = torch.sigmoid(value_at(finite_log_snr(self.alphas_cumprod), t))
+        return torch.where(t == t.floor(), below, between)
 
 
 def finite_log_snr(alpha_bar: Tensor) -> Tensor:
@@ -180,14 +260,14 @@ class DiffusionConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: TablePrediction = "epsilon"
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 1
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("prediction_type", self.prediction_type, TABLE_PREDICTIONS)
         check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(

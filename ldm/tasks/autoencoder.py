@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import (
+    DiscriminatorPenalties,
+    LossState,
     LossWeights,
     Reconstruction,
+    discriminator_accuracy,
     discriminator_loss,
     generator_image_gradient,
     generator_loss,
     nll,
+    r1_penalty,
 )
 from autoencoder.perceptual import FeatureDistance
 from ldm.data.batches import PixelBatch
@@ -36,8 +40,8 @@ class AutoencoderTask:
     """The parts of stage one, built and placed.
 
     `model` and `discriminator` may be wrapped for distributed training; `bare_discriminator` is the same network
-    without its wrapper, for the pass in which it takes no gradient. `reduce_mean` averages a tensor over all
-    processes.
+    without its wrapper, for the pass in which it takes no gradient. `state` is what the losses learn and remember.
+    `reduce_mean` averages a tensor over all processes.
     """
 
     model: nn.Module
@@ -45,6 +49,8 @@ class AutoencoderTask:
     bare_discriminator: nn.Module
     perceptual: FeatureDistance | None
     weights: LossWeights
+    penalties: DiscriminatorPenalties
+    state: LossState
     latent_shape: tuple[int, ...]
     seed: int
     reduce_mean: Callable[[Tensor], Tensor]
@@ -54,18 +60,21 @@ class AutoencoderTask:
 
         The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021,
         eq. 7) follows from them by one weight gradient of the last convolution, so the decoder is walked back only
-        once. The surrogate <image, gradient> has exactly that gradient. The discriminator's own gradients are left
-        alone.
+        once. The surrogate <image, gradient> has exactly that gradient. A log-variance that is learnt gets the gradient
+        of the nll. The discriminator's own gradients are left alone. A frozen encoder's KL is constant and only logged.
         """
         rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
         noise = randn_rows((len(rows), *self.latent_shape), rows)
         out: Reconstruction = self.model(batch.image, noise.to(batch.image.device))
         leaf = out.image.detach().float().requires_grad_()
         distance = self._distance(leaf, batch.image)
-        image_loss = nll(leaf, batch.image, distance, self.weights)
+        image_loss = nll(leaf, batch.image, distance, self.weights, self.state.logvar)
+        surrogate = self._logvar_surrogate(image_loss)
         kl = out.posterior.kl().mean()
         terms = {"nll": image_loss.detach(), "perceptual": distance.detach().mean(), "kl": kl.detach()}
         terms["l1"] = (leaf - batch.image).detach().abs().mean()
+        if self.state.logvar.requires_grad:
+            terms["logvar"] = self.state.logvar.detach().clone()
         if self.weights.discriminator_active(step):
             g_loss = generator_loss(self.bare_discriminator(leaf).float())
             shape = (leaf.shape[1], out.features.shape[1], 3, 3)
@@ -75,18 +84,50 @@ class AutoencoderTask:
             terms |= {"generator": g_loss.detach(), "adaptive_weight": adaptive}
         else:
             (gradient,) = torch.autograd.grad(image_loss, leaf)
-        surrogate = (out.image.float() * gradient).sum() + self.weights.kl * kl
+        surrogate = surrogate + (out.image.float() * gradient).sum()
+        if kl.requires_grad:
+            surrogate = surrogate + self.weights.kl * kl
         return GeneratorLoss(surrogate, leaf.detach(), terms)
 
-    def discriminator_loss(self, batch: PixelBatch, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss on real pictures and detached reconstructions, and its mean logits."""
-        real, fake = self.discriminator(batch.image), self.discriminator(image)
-        loss = discriminator_loss(real.float(), fake.float(), self.weights.discriminator_loss)
-        return loss, {
+    def discriminator_loss(self, batch: PixelBatch, image: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss on real pictures and detached reconstructions, and the terms to log.
+
+        The penalties are part of the loss, weighted, and logged without their weights.
+        """
+        r1_weight = self.penalties.r1_weight(step)
+        pictures = batch.image.detach().requires_grad_(r1_weight > 0)
+        real, fake = self.discriminator(pictures).float(), self.discriminator(image).float()
+        loss = discriminator_loss(real, fake, self.weights.discriminator_loss)
+        terms = {
             "discriminator": loss.detach(),
+            "discriminator_accuracy": discriminator_accuracy(real, fake),
             "logits_real": real.detach().mean(),
             "logits_fake": fake.detach().mean(),
         }
+        if r1_weight > 0:
+            r1 = r1_penalty(real, pictures)
+            loss, terms["r1"] = loss + r1_weight * r1, r1.detach()
+        if self.penalties.lecam > 0:
+            lecam = self.state.lecam(real, fake)
+            loss, terms["lecam"] = loss + self.penalties.lecam * lecam, lecam.detach()
+        return loss, terms
+
+    def remember(self, terms: Mapping[str, Tensor]) -> None:
+        """Moves LeCam's averages by one optimiser step, whose terms these are; every process must call it."""
+        if self.penalties.lecam > 0:
+            means = self.reduce_mean(torch.stack([terms["logits_real"], terms["logits_fake"]]))
+            self.state.lecam.update(means[0], means[1])
+
+    def _logvar_surrogate(self, image_loss: Tensor) -> Tensor:
+        """A scalar whose gradient at the log-variance is that of the nll, averaged over all processes; 0 where fixed.
+
+        The log-variance is no part of the wrapped model, so nothing else would average its gradient.
+        """
+        logvar = self.state.logvar
+        if not logvar.requires_grad:
+            return logvar.new_zeros(())
+        (gradient,) = torch.autograd.grad(image_loss, logvar, retain_graph=True)
+        return logvar * self.reduce_mean(gradient)
 
     def _distance(self, image: Tensor, target: Tensor) -> Tensor:
         if self.perceptual is None or self.weights.perceptual == 0:

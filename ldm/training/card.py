@@ -14,10 +14,13 @@ def autoencoder_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: floa
     """The card of a stage-one model."""
     factor, channels = vae.downsample_factor, vae.config.latent_channels
     origin = "measured on the training data" if config.scaling_factor is None else "given by the config"
+    if config.freeze_encoder:
+        origin = "kept from the pretrained model"
+    start = f"Fine-tuned from `{config.pretrained}`. " if config.pretrained else ""
     return f"""# Autoencoder trained with ldm
 
 KL-regularised autoencoder, f{factor}, {channels} latent channels, for {config.data.resolution} px images.
-Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, {origin}.
+{start}Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, {origin}.
 
 {_data(config.data)}
 

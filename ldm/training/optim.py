@@ -6,14 +6,22 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.config import OptimizerConfig
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW in its fused form, which is several times faster than the default one on CPU and GPU alike."""
-    return torch.optim.AdamW(
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    learning_rate: float,
+    undecayed: Iterable[nn.Parameter] = (),
+) -> torch.optim.AdamW:
+    """AdamW in its fused form, which is several times faster than the default one on CPU and GPU alike.
+
+    Frozen parameters are left out; `undecayed` are trained without weight decay.
+    """
+    optimizer = torch.optim.AdamW(
         [p for p in parameters if p.requires_grad],
         lr=learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -21,6 +29,10 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, learning_
         eps=config.adam_epsilon,
         fused=True,
     )
+    free = [p for p in undecayed if p.requires_grad]
+    if free:
+        optimizer.add_param_group({"params": free, "weight_decay": 0.0})
+    return optimizer
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
@@ -41,28 +53,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-class NonFiniteGuard:
-    """Counts updates that were skipped because a loss or gradient was not finite; stops after `limit` in a row."""
-
-    def __init__(self, limit: int = 10) -> None:
-        self.limit, self.in_a_row, self.total = limit, 0, 0
-
-    def allows(self, norm: Tensor, where: str) -> bool:
-        """True when the update may happen.
-
-        Raises:
-            FloatingPointError: after `limit` skipped updates in a row, naming the last batch.
-        """
-        if bool(torch.isfinite(norm)):
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
-        self.total += 1
-        if self.in_a_row >= self.limit:
-            raise FloatingPointError(
-                f"{self.limit} updates in a row had a non-finite loss or gradient, the last at {where}; "
-                "lower optimizer.learning_rate or look at those samples"
-            )
-        return False

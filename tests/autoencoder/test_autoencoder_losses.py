@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from autoencoder import (
     reconstruction,
     vanilla_d_loss,
 )
+from autoencoder.losses import DiscriminatorPenalties, LeCam, LossState, discriminator_accuracy, r1_penalty
 
 
 def rng(seed: int) -> torch.Generator:
@@ -42,8 +45,19 @@ def test_reconstruction_is_a_sum_per_example(kind: str, torch_loss: Any) -> None
     assert_close(reconstruction(x, y, kind), expected)
 
 
+def test_charbonnier_by_numpy_and_smooth_where_images_are_equal() -> None:
+    x, y = images(0), images(1)
+    x[:, :, 0] = y[:, :, 0]
+    expected = np.sqrt((x - y).double().numpy() ** 2 + 1e-6).reshape(2, -1).sum(1)
+    assert_close(reconstruction(x, y, "charbonnier").double(), torch.from_numpy(expected), rtol=1e-5, atol=0.0)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(reconstruction(x, y, "charbonnier").sum(), x)
+    assert torch.equal(gradient[:, :, 0], torch.zeros(2, 3, 16))
+    assert_close(gradient[:, :, 1:], ((x - y) / ((x - y) ** 2 + 1e-6).sqrt())[:, :, 1:].detach())
+
+
 def test_reconstruction_refuses_unknown_kinds_and_broadcasting() -> None:
-    with pytest.raises(ValueError, match="l1, l2, got 'huber'"):
+    with pytest.raises(ValueError, match="l1, l2, charbonnier, got 'huber'"):
         reconstruction(images(0), images(1), "huber")
     with pytest.raises(ValueError, match="equal shapes"):
         reconstruction(images(0), images(1)[:1])
@@ -55,6 +69,23 @@ def test_nll_equals_the_published_elementwise_form() -> None:
     weights = LossWeights(perceptual=0.7)
     expected = ((x - y).abs() + 0.7 * distance.view(2, 1, 1, 1)).sum() / 2
     assert_close(nll(x, y, distance, weights), expected)
+
+
+def test_nll_with_a_log_variance_equals_the_published_elementwise_form() -> None:
+    """latent-diffusion: sum((|x - y| + w * p) / exp(logvar) + logvar over every value) / batch."""
+    x, y, distance, logvar = images(2), images(3), torch.tensor([0.25, 1.5]), torch.tensor(-0.7)
+    elementwise = (x - y).abs() + 0.7 * distance.view(2, 1, 1, 1)
+    expected = (elementwise / torch.exp(logvar) + logvar).sum() / 2
+    assert_close(nll(x, y, distance, LossWeights(perceptual=0.7), logvar), expected)
+
+
+def test_the_best_log_variance_is_the_log_of_the_mean_error() -> None:
+    """d/ds (R exp(-s) + N s) = 0 at s = log(R / N)."""
+    x, y, distance = images(2), images(3), torch.zeros(2)
+    best = (x - y).abs().mean().log().requires_grad_()
+    (gradient,) = torch.autograd.grad(nll(x, y, distance, LossWeights(), best), best)
+    assert abs(gradient.item()) < 1e-2
+    assert x[0].numel() == 768
 
 
 def test_perceptual_weight_changes_the_gradient() -> None:
@@ -87,6 +118,64 @@ def test_discriminator_loss_picks_by_kind() -> None:
         discriminator_loss(real, fake, "lsgan")
 
 
+def test_accuracy_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5, -1.0, 0.0]), torch.tensor([-3.0, 0.0, 1.0, -0.1])
+    assert discriminator_accuracy(real, fake).item() == 0.5 * (2 / 4 + 2 / 4)
+
+
+def test_r1_of_a_linear_discriminator_is_its_weights_square() -> None:
+    """D(x) = w . x has the gradient w everywhere; as a mean of patches too."""
+    weight = torch.randn(3 * 8 * 8, generator=rng(23), requires_grad=True)
+    x = images(24, 8).requires_grad_()
+    penalty = r1_penalty((x.flatten(1) @ weight)[:, None], x)
+    assert_close(penalty, 0.5 * weight.square().sum())
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    assert_close(gradient, weight.detach())
+    corner = weight.view(1, 3, 8, 8)[:, :, :4, :4]
+    assert_close(r1_penalty(F.conv2d(x, corner, stride=4), x), 0.5 * 4 * corner.square().sum() / 4**2)
+
+
+def test_r1_equals_finite_differences_for_a_deep_discriminator() -> None:
+    critic = PatchDiscriminator(base_channels=4, num_layers=1, norm="none", generator=rng(25)).double()
+    x = images(26, 8)[:1].double().requires_grad_()
+    shifted = x.detach() + 1e-6 * torch.eye(192, dtype=torch.float64).view(192, 3, 8, 8)
+    slopes = (critic(shifted).mean((1, 2, 3)) - critic(x).mean()) / 1e-6
+    assert_close(r1_penalty(critic(x), x), 0.5 * slopes.square().sum(), rtol=1e-4, atol=0.0)
+
+
+def test_lecam_by_hand() -> None:
+    """Averages of the first step are its means, then 0.99 of themselves; real logits are held to the fake average."""
+    lecam = LeCam()
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-2.0, 0.0])
+    assert lecam(real, fake).item() == 0.0
+    lecam.update(torch.tensor(2.0), torch.tensor(-1.0))
+    assert lecam.averages.tolist() == [2.0, -1.0]
+    assert lecam(real, fake).item() == pytest.approx((4 + 16) / 2 + (16 + 4) / 2)
+    lecam.update(torch.tensor(4.0), torch.tensor(-3.0))
+    assert lecam.averages.tolist() == pytest.approx([2.02, -1.02])
+
+
+def test_the_loss_state_is_read_back_and_only_then_learns() -> None:
+    state = LossState(0.5, learn_logvar=True)
+    state.lecam.update(torch.tensor(2.0), torch.tensor(-1.0))
+    other = LossState()
+    assert not other.logvar.requires_grad
+    other.load_state_dict(state.state_dict())
+    assert other.logvar.item() == 0.5 and other.lecam.averages.tolist() == [2.0, -1.0]
+    assert other.lecam.updates.item() == 1
+
+
+def test_penalties_are_off_by_default_lazy_and_checked() -> None:
+    assert (DiscriminatorPenalties().r1, DiscriminatorPenalties().lecam) == (0.0, 0.0)
+    lazy = DiscriminatorPenalties(r1=2.0, r1_every=3)
+    assert [lazy.r1_weight(step) for step in range(5)] == [6.0, 0.0, 0.0, 6.0, 0.0]
+    assert math.isclose(sum(lazy.r1_weight(step) for step in range(300)), 2.0 * 300)
+    with pytest.raises(ValueError, match="r1_every must be at least 1, got 0"):
+        DiscriminatorPenalties(r1_every=0)
+    with pytest.raises(ValueError, match="lecam must be at least 0, got -1"):
+        DiscriminatorPenalties(lecam=-1.0)
+
+
 def test_adaptive_weight_by_hand_and_clamped() -> None:
     assert adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])).item() == pytest.approx(5 / 2.0001)
     assert adaptive_weight(torch.tensor([1e6]), torch.zeros(1)).item() == pytest.approx(1e4)
@@ -105,7 +194,7 @@ def test_weights_are_the_published_ones_and_checked() -> None:
     assert not weights.discriminator_active(50000)
     assert weights.discriminator_active(50001)
     assert not LossWeights(discriminator=0.0).discriminator_active(10**6)
-    with pytest.raises(ValueError, match=r"reconstruction.*l1, l2, got 'l3'"):
+    with pytest.raises(ValueError, match=r"reconstruction.*l1, l2, charbonnier, got 'l3'"):
         LossWeights(reconstruction="l3")
     with pytest.raises(ValueError, match="kl must not be negative, got -1"):
         LossWeights(kl=-1.0)
@@ -153,7 +242,7 @@ def test_last_layer_gradient_equals_autograd() -> None:
     assert_close(last_layer_gradient(features, image_grad, weight.shape), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("norm", ["batch", "group", "act", "none"])
 @pytest.mark.parametrize("spectral", [False, True])
 def test_discriminator_scores_patches(norm: str, spectral: bool) -> None:
     critic = PatchDiscriminator(base_channels=8, num_layers=3, norm=norm, spectral_norm=spectral, generator=rng(16))
@@ -197,7 +286,7 @@ def test_spectral_norm_bounds_every_layer() -> None:
 
 
 def test_discriminator_refuses_impossible_settings() -> None:
-    with pytest.raises(ValueError, match="batch, group, none, got 'layer'"):
+    with pytest.raises(ValueError, match="batch, group, act, none, got 'layer'"):
         PatchDiscriminator(norm="layer")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         PatchDiscriminator(num_layers=0)

@@ -83,6 +83,57 @@ def test_alpha_sigma_broadcast_over_images() -> None:
     torch.testing.assert_close(sigma.flatten(), schedule.sigma(t, torch.float64))
 
 
+def test_sigmoid_is_the_published_function() -> None:
+    steps, start, end, tau = 200, -2.0, 4.0, 0.7
+    schedule = NoiseSchedule.sigmoid(steps, start, end, tau)
+    for index in (0, 50, 198):
+        u = (index + 1) / steps
+        first, last, here = (1 / (1 + math.exp(-z / tau)) for z in (start, end, start + u * (end - start)))
+        assert schedule.alphas_cumprod[index].item() == pytest.approx((last - here) / (last - first), rel=1e-12)
+    assert schedule.alphas_cumprod[-1] == 1e-9
+
+
+def test_sigmoid_is_point_symmetric_and_straight_at_a_high_temperature() -> None:
+    table = NoiseSchedule.sigmoid(100).alphas_cumprod
+    torch.testing.assert_close(table[:-1] + table[:-1].flip(0), torch.ones(99, dtype=torch.float64))
+    straight = NoiseSchedule.sigmoid(100, tau=1e4).alphas_cumprod
+    torch.testing.assert_close(straight[:-1], 1 - torch.arange(1, 100, dtype=torch.float64) / 100, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"start": 3.0}, {"tau": 0.0}, {"floor": 0.0}])
+def test_sigmoids_that_do_not_fall_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="accepted: start < end, tau and floor > 0"):
+        NoiseSchedule.sigmoid(10, **change)
+
+
+def test_the_resolution_shift_gives_the_pooled_picture_the_noise_of_the_base() -> None:
+    """The mean of 4·4 pixels of a constant picture has the signal of one and a sixteenth of its noise variance."""
+    base = NoiseSchedule.cosine(100)
+    shifted = base.shifted(64, 256)
+    t = torch.tensor([0, 30, 99])
+    signal, noise = shifted.alpha(t, torch.float64), shifted.sigma(t, torch.float64) / math.sqrt(4 * 4)
+    torch.testing.assert_close(2 * torch.log(signal / noise), base.log_snr(t, torch.float64))
+    torch.testing.assert_close(shifted.shifted(256, 64).alphas_cumprod, base.alphas_cumprod)
+    assert base.rescale_zero_terminal_snr().shifted(64, 256).alphas_cumprod[-1] == 0
+    with pytest.raises(ValueError, match="resolution 0; accepted: positive"):
+        base.shifted(64, 0)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_timesteps_are_found_again_from_their_log_snr(zero_snr: bool) -> None:
+    schedule = NoiseSchedule.scaled_linear(**SD, num_train_timesteps=1000)
+    schedule = schedule.rescale_zero_terminal_snr() if zero_snr else schedule
+    t = torch.tensor([0.0, 0.25, 41.0, 500.7, 998.9, 999.0], dtype=torch.float64)
+    torch.testing.assert_close(schedule.timestep_of_log_snr(schedule.log_snr(t, torch.float64)), t)
+    beyond = schedule.timestep_of_log_snr(torch.tensor([100.0, -100.0]))
+    assert beyond.tolist() == [0, 999]
+
+
+def test_the_part_of_all_timesteps_is_an_index() -> None:
+    schedule = NoiseSchedule.linear(1e-3, 0.2, 10)
+    assert schedule.timestep(torch.tensor([0.0, 0.09, 0.1, 0.55, 1.0])).tolist() == [0, 0, 1, 5, 9]
+
+
 @pytest.mark.parametrize("t", [torch.tensor([-1]), torch.tensor([10]), torch.tensor([9.5])])
 def test_times_outside_the_table_are_refused(t: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="accepted: 0 to 9"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -7,7 +8,23 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from ldm.process import PREDICTION_TYPES, NoiseSchedule, Objective, PredictionType, to_x0_eps
+from ldm.process import (
+    PREDICTION_TYPES,
+    WEIGHTINGS,
+    NoiseSchedule,
+    Objective,
+    Prediction,
+    PredictionType,
+    RectifiedFlow,
+    Schedule,
+    VarianceExploding,
+    debiased_weight,
+    from_x0_eps,
+    min_snr_weight,
+    p2_weight,
+    snr_truncated_weight,
+    to_x0_eps,
+)
 
 SCHEDULE = NoiseSchedule.scaled_linear(0.00085, 0.012, 1000)
 
@@ -102,9 +119,61 @@ def test_min_snr_weights_all_types_alike_in_x0() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_weights_are_finite_at_zero_terminal_snr(prediction_type: PredictionType) -> None:
-    objective = Objective(SCHEDULE.rescale_zero_terminal_snr(), prediction_type, 5.0)
-    assert torch.isfinite(objective.weight(torch.tensor([0, 999]))).all()
+@pytest.mark.parametrize("setting", [{"snr_gamma": 5.0}, *({"weighting": w} for w in WEIGHTINGS)])
+def test_weights_are_finite_where_signal_or_noise_is_gone(prediction_type: Any, setting: dict[str, Any]) -> None:
+    table = Objective(SCHEDULE.rescale_zero_terminal_snr(), prediction_type, **setting)
+    flow = Objective(RectifiedFlow(1000), prediction_type, **setting)
+    assert torch.isfinite(table.weight(torch.tensor([0, 999]))).all()
+    assert torch.isfinite(flow.weight(torch.tensor([0, 1000]))).all()
+
+
+SNR = torch.tensor([1e-3, 0.5, 1.0, 7.0, 400.0], dtype=torch.float64)
+
+
+def test_weights_are_their_published_formulas() -> None:
+    torch.testing.assert_close(
+        p2_weight(SNR, 0.5, 2.0), torch.tensor([1 / math.sqrt(2 + s) for s in SNR.tolist()]).double()
+    )
+    torch.testing.assert_close(debiased_weight(SNR) ** 2 * SNR, torch.ones_like(SNR))
+    for snr, weight in zip(SNR.tolist(), snr_truncated_weight(SNR).tolist(), strict=True):
+        error_in_x0, error_in_eps = 0.1, 0.1 * math.sqrt(snr)
+        assert weight * error_in_eps**2 == pytest.approx(max(error_in_x0**2, error_in_eps**2))
+    torch.testing.assert_close(min_snr_weight(SNR, math.inf), torch.ones_like(SNR))
+
+
+@pytest.mark.parametrize("setting", [{"snr_gamma": 5.0}, *({"weighting": w} for w in WEIGHTINGS if w != "none")])
+@pytest.mark.parametrize("schedule", [SCHEDULE, RectifiedFlow(1000), VarianceExploding.geometric(0.01, 50, 1000)])
+def test_one_error_counts_alike_in_every_prediction_type(schedule: Schedule, setting: dict[str, Any]) -> None:
+    t = torch.tensor([5, 300, 800])
+    x0, eps, wrong = torch.randn(3, 3, 2, 4, generator=_generator(8), dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(t, like=x0)
+    x_t = alpha * x0 + sigma * eps
+    off = Prediction(x0=x0 - sigma / alpha * wrong, eps=eps + wrong)
+    losses = []
+    for prediction_type in PREDICTION_TYPES:
+        objective = Objective(schedule, prediction_type, **setting)
+        noised = objective.noise_at(x0, eps, t)
+        torch.testing.assert_close(noised.x_t, x_t)
+        losses.append(objective.loss(from_x0_eps(*off, alpha, sigma, prediction_type), noised))
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0], atol=0, rtol=1e-5)
+
+
+def test_other_noise_in_the_input_leaves_the_target_alone() -> None:
+    objective, t = Objective(SCHEDULE), torch.tensor([7, 600])
+    x0, eps, other = torch.randn(3, 2, 1, 4, 4, generator=_generator(9))
+    plain, perturbed = objective.noise_at(x0, eps, t), objective.noise_at(x0, eps, t, input_eps=other)
+    assert torch.equal(perturbed.target, eps) and torch.equal(plain.target, eps)
+    assert torch.equal(perturbed.x_t, objective.noise_at(x0, other, t).x_t)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_a_time_shift_is_one_of_the_logit(sampling: Any) -> None:
+    u = torch.rand(5000, generator=_generator(), dtype=torch.float64)
+    flow = RectifiedFlow(1)
+    plain = Objective(flow, "flow", timestep_sampling=sampling).timesteps(u).double()
+    shifted = Objective(flow, "flow", timestep_sampling=sampling, time_shift=3.0).timesteps(u).double()
+    torch.testing.assert_close(shifted.logit(), plain.logit() + math.log(3), atol=1e-3, rtol=1e-5)
 
 
 def test_loss_is_the_weighted_mean_square_of_each_row() -> None:
@@ -133,11 +202,16 @@ def test_the_exact_noise_predictor_of_gaussian_data_reaches_the_bayes_error() ->
 @pytest.mark.parametrize(
     "change",
     [
-        {"prediction_type": "flow"},
+        {"prediction_type": "noise"},
         {"timestep_sampling": "even"},
         {"snr_gamma": 0.0},
         {"snr_gamma": -5.0},
         {"logit_std": 0.0},
+        {"weighting": "min_snr"},
+        {"weighting": "p2", "snr_gamma": 5.0},
+        {"p2_gamma": 0.0},
+        {"p2_k": -1.0},
+        {"time_shift": 0.0},
     ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:

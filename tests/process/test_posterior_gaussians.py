@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +8,8 @@ from torch.distributions import Normal
 
 from ldm.process import (
     NoiseSchedule,
+    interpolated_log_variance,
+    log_variance_table,
     model_variance,
     p_mean_from_eps,
     posterior_mean,
@@ -87,6 +90,28 @@ def test_the_first_step_has_no_variance_left() -> None:
     one = torch.ones((), dtype=torch.float64)
     assert posterior_variance(SCHEDULE.alphas_cumprod[0], one) == 0
     torch.testing.assert_close(posterior_mean(_values(6), _values(7), SCHEDULE.alphas_cumprod[0], one), _values(6))
+
+
+def test_learned_variances_are_those_of_diffusers() -> None:
+    scheduler = diffusers.DDPMScheduler(40, 1e-3, 0.2, variance_type="learned_range")
+    small, large = (log_variance_table(SCHEDULE.alphas_cumprod, kind) for kind in ("fixed_small", "fixed_large"))
+    raw = _values(8).clamp(-1, 1)
+    for t in (1, 20, 39):
+        log_variance = interpolated_log_variance(raw, small[t], large[t])
+        expected = scheduler._get_variance(t, predicted_variance=raw.float())
+        torch.testing.assert_close(log_variance.float(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(interpolated_log_variance(raw.sign(), small[9], large[9]).amax(), large[9])
+    torch.testing.assert_close(interpolated_log_variance(raw.sign(), small[9], large[9]).amin(), small[9])
+
+
+def test_the_table_of_log_variances_is_finite_from_the_first_step() -> None:
+    small, large = (log_variance_table(SCHEDULE.alphas_cumprod, kind) for kind in ("fixed_small", "fixed_large"))
+    alpha_bar, before = SCHEDULE.alphas_cumprod[1:], SCHEDULE.alphas_cumprod[:-1]
+    torch.testing.assert_close(small[1:].exp(), posterior_variance(alpha_bar, before))
+    torch.testing.assert_close(large.exp(), SCHEDULE.betas)
+    assert small[0] == small[1]
+    single = NoiseSchedule.linear(0.3, 0.3, 1)
+    torch.testing.assert_close(log_variance_table(single.alphas_cumprod, "fixed_small").exp(), single.betas)
 
 
 def test_unknown_variances_are_refused() -> None:

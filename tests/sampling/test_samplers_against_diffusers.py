@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.process import DiffusionConfig, PredictionType, TimestepSpacing, timesteps
-from ldm.sampling import SAMPLERS, ddim, network_denoiser
+from ldm.sampling import SAMPLERS, SigmaSpacing, ddim, network_denoiser, sigma_spaced_timesteps
 
 STEPS = 12
 SHAPE = (2, 3, 4, 4)
@@ -67,8 +67,8 @@ def _assert_same(ours: list[Tensor], theirs: list[Tensor], atol: float = 1e-4) -
         torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
 
 
-def _oracle(name: str, config: DiffusionConfig, num_steps: int = STEPS) -> Any:
-    scheduler = getattr(diffusers, name).from_config(config.to_dict())
+def _oracle(name: str, config: DiffusionConfig, num_steps: int = STEPS, **settings: Any) -> Any:
+    scheduler = getattr(diffusers, name).from_config(config.to_dict(), **settings)
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -109,24 +109,67 @@ def test_euler_and_heun(name: str, prediction_type: PredictionType, spacing: Tim
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 12), ("trailing", 12), ("linspace", 10)])
+def test_euler_a(prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int) -> None:
+    config = _config(prediction_type, spacing)
+    t = _timesteps(config, num_steps)
+    scheduler = _oracle("EulerAncestralDiscreteScheduler", config, num_steps)
+    theirs = _diffusers_path(scheduler, _noise() / config.schedule().alpha(t[0]), generator=_generators())
+    _assert_same(_record(SAMPLERS["euler_a"], config, _noise(), t), theirs)
+
+
+MULTISTEP: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, False),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, False),
+}
+"""Our name: diffusers' class, its settings, whether it draws."""
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("num_steps", [1, 2, 12, 20])
-def test_dpmpp_2m(prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int) -> None:
+def test_multistep_solvers(
+    name: str, prediction_type: PredictionType, spacing: TimestepSpacing, num_steps: int
+) -> None:
     config = _config(prediction_type, spacing)
     t = _timesteps(config, num_steps) if spacing == "trailing" else _timesteps(config, num_steps + 1)[:-1]
-    scheduler = _oracle("DPMSolverMultistepScheduler", config, num_steps)
+    oracle, settings, draws = MULTISTEP[name]
+    scheduler = _oracle(oracle, config, num_steps, **settings)
     assert scheduler.timesteps.tolist() == t.tolist()
-    _assert_same(_record(SAMPLERS["dpmpp_2m"], config, _noise(), t), _diffusers_path(scheduler, _noise()))
+    theirs = _diffusers_path(scheduler, _noise(), **({"generator": _generators()} if draws else {}))
+    _assert_same(_record(SAMPLERS[name], config, _noise(), t), theirs)
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_euler_over_spaced_noise_levels(kind: SigmaSpacing, prediction_type: PredictionType) -> None:
+    config = _config(prediction_type, "linspace")
+    scheduler = _oracle("EulerDiscreteScheduler", config, **{f"use_{kind}_sigmas": True})
+    t = sigma_spaced_timesteps(config.schedule(), STEPS, kind)
+    torch.testing.assert_close(t, scheduler.timesteps, atol=2e-3, rtol=1e-5)
+    theirs = _diffusers_path(scheduler, _noise() / config.schedule().alpha(t[0]))
+    _assert_same(_record(SAMPLERS["euler"], config, _noise(), t), theirs)
 
 
 @pytest.mark.parametrize(
-    ("name", "oracle"), [("euler", "EulerDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")]
+    ("name", "oracle", "settings", "atol"),
+    [
+        ("euler", "EulerDiscreteScheduler", {}, 3e-3),
+        ("euler_a", "EulerAncestralDiscreteScheduler", {}, 2e-2),
+        *((name, oracle, settings, 3e-3) for name, (oracle, settings, _) in MULTISTEP.items()),
+    ],
 )
-def test_zero_terminal_snr_up_to_the_stand_in_of_diffusers(name: str, oracle: str) -> None:
+def test_zero_terminal_snr_up_to_the_stand_in_of_diffusers(
+    name: str, oracle: str, settings: dict[str, Any], atol: float
+) -> None:
+    """s starts from 4096 there and from infinity here: Euler a keeps s_next² / 4096 of the noise it replaces."""
     config = _config("v_prediction", "trailing", zero_snr=True)
-    x = _noise() * 2**12 if name == "euler" else _noise()
-    theirs = _diffusers_path(_oracle(oracle, config), x)
-    _assert_same(_record(SAMPLERS[name], config, _noise(), _timesteps(config)), theirs, atol=3e-3)
+    x = _noise() * 2**12 if name.startswith("euler") else _noise()
+    draws = {"generator": _generators()} if name in ("euler_a", "dpmpp_2m_sde") else {}
+    theirs = _diffusers_path(_oracle(oracle, config, **settings), x, **draws)
+    _assert_same(_record(SAMPLERS[name], config, _noise(), _timesteps(config)), theirs, atol=atol)
 
 
 def test_sampling_may_start_part_way() -> None:

@@ -1,0 +1,122 @@
+"""Frozen networks that judge pictures: pooled features for a Fréchet distance, feature maps for a perceptual one."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoencoder import LPIPS, EfficientNetFeatureDistance
+from autoencoder.perceptual import EFFICIENTNETS, FeatureDistance, load_efficientnet
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+FEATURES = ("efficientnet_lite0", "efficientnet_lite2", "inception")
+PERCEPTUAL = ("efficientnet_lite0", "efficientnet_lite2", "lpips_vgg", "lpips_alex", "lpips_squeeze")
+
+
+class FeatureNet(Protocol):
+    """Images [B, 3, H, W] in [-1, 1] -> features [B, dim]."""
+
+    dim: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class EfficientNetFeatures(nn.Module):
+    """The 1,280 pooled features before the classifier; pictures are resized to the side of the training pictures.
+
+    Args:
+        name: "efficientnet_lite0" or "efficientnet_lite2".
+
+    Raises:
+        ValueError: the package with the weights is not installed; the sentence says which.
+    """
+
+    dim = 1280
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        key = name.replace("_", "-")
+        self.net, self.side = load_efficientnet(key), EFFICIENTNETS[key].side
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        resized = F.interpolate(x.float(), (self.side, self.side), mode="bilinear", antialias=True)
+        maps: Tensor = self.net.extract_features((127.5 * resized + 0.5) / 128.0)
+        return maps.mean((2, 3))
+
+
+class InceptionFeatures(nn.Module):
+    """The 2,048 pooled features of the Inception network of published FIDs, as torch-fidelity converted it.
+
+    Args:
+        weights: that conversion as a local file (a state dict, .pth); nothing is downloaded.
+
+    Raises:
+        ValueError: no such file, not those weights, or torch-fidelity is not installed.
+    """
+
+    dim = 2048
+
+    def __init__(self, weights: str | Path | None) -> None:
+        super().__init__()
+        if weights is None or not Path(weights).is_file():
+            given = "no file" if weights is None else f"{weights}, which is not there"
+            raise ValueError(f"`weights` must be a local copy of torch-fidelity's {INCEPTION_FILE}, got {given}")
+        module = _installed("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
+        try:
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity reads it as any pickle
+            self.net = module.FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
+        except Exception as error:  # what torch raises depends on what the file is
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{weights} does not hold the weights {INCEPTION_FILE}: {reason}") from error
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        pooled: Tensor = self.net(levels)[0]
+        return pooled
+
+
+def feature_net(name: str, weights: str | Path | None = None) -> EfficientNetFeatures | InceptionFeatures:
+    """The network of that name in FEATURES; `weights` is the local file that "inception" needs, and no other.
+
+    Raises:
+        ValueError: unknown name, or its weights cannot be had.
+    """
+    if name == "inception":
+        return InceptionFeatures(weights)
+    if name not in FEATURES:
+        raise ValueError(f"not one of {', '.join(FEATURES)}")
+    _refuse(weights)
+    return EfficientNetFeatures(name)
+
+
+def perceptual_distance(name: str, weights: str | Path | None = None) -> FeatureDistance:
+    """The distance of that name in PERCEPTUAL; `weights` is a local file of the backbone of an LPIPS, and no other.
+
+    Raises:
+        ValueError: unknown name, or its weights cannot be had.
+    """
+    if name not in PERCEPTUAL:
+        raise ValueError(f"not one of {', '.join(PERCEPTUAL)}")
+    if name.startswith("lpips_"):
+        return LPIPS(name.removeprefix("lpips_"), weights)
+    _refuse(weights)
+    return EfficientNetFeatureDistance(name.replace("_", "-"))
+
+
+def _refuse(weights: str | Path | None) -> None:
+    if weights is not None:
+        raise ValueError(f"its weights come in a package, so {weights} would not be read")
+
+
+def _installed(module: str, packages: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{module} is not installed: run `pip install {packages}`") from error

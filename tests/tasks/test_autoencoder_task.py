@@ -1,0 +1,258 @@
+"""Stage one's task in a loop as the training script drives it: adversarial start, penalties, fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from autoencoder import AutoencoderConfig, AutoencoderKL, discriminator_loss, nll
+from ldm.build import build_autoencoder, build_discriminator, build_loss_state, build_loss_weights, build_penalties
+from ldm.config import (
+    AutoencoderLossConfig,
+    AutoencoderTraining,
+    ConfigError,
+    DataConfig,
+    DiscriminatorConfig,
+    OptimizerConfig,
+)
+from ldm.data.batches import PixelBatch
+from ldm.tasks.autoencoder import AutoencoderTask
+from ldm.training.optim import adamw
+
+SHAPE = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.7, shift_factor=0.2)
+LOSS = AutoencoderLossConfig(perceptual=0.0, kl=1e-3, discriminator=0.2, discriminator_start=2)
+CRITIC = DiscriminatorConfig(num_layers=1, base_channels=4, norm="group")
+Weights = dict[str, Tensor]
+
+
+def config(**changes: Any) -> AutoencoderTraining:
+    defaults = {"data": DataConfig(resolution=16), "autoencoder": SHAPE, "loss": LOSS, "discriminator": CRITIC}
+    return AutoencoderTraining("out", **{**defaults, **changes})
+
+
+def batch(step: int) -> PixelBatch:
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(100 + step)) * 2 - 1
+    return PixelBatch(image, ("a.png", "b.png"), (0, 1))
+
+
+class Run:
+    """The parts that `train_autoencoder.py` builds, and its loop without placement, data and files."""
+
+    def __init__(self, chosen: AutoencoderTraining) -> None:
+        self.vae = build_autoencoder(chosen)
+        self.critic = build_discriminator(chosen.discriminator, chosen.seed)
+        self.state = build_loss_state(chosen.loss)
+        weights, penalties = build_loss_weights(chosen.loss), build_penalties(chosen.discriminator)
+        shape = (self.vae.config.latent_channels, 8, 8)
+        self.task = AutoencoderTask(
+            self.vae, self.critic, self.critic, None, weights, penalties, self.state, shape, chosen.seed, lambda x: x
+        )
+        rates = OptimizerConfig(learning_rate=1e-3, adam_weight_decay=0.1)
+        self.optimizer = adamw(self.vae.parameters(), rates, 1e-3, undecayed=self.state.parameters())
+        self.d_optimizer = adamw(self.critic.parameters(), rates, 1e-3)
+
+    def step(self, step: int) -> Weights:
+        loss = self.task.generator_loss(batch(step), step)
+        loss.surrogate.backward()
+        terms = dict(loss.terms)
+        if self.task.weights.discriminator_active(step):
+            d_loss, d_terms = self.task.discriminator_loss(batch(step), loss.image, step)
+            d_loss.backward()
+            terms |= d_terms
+            self.d_optimizer.step()
+            self.task.remember(terms)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.d_optimizer.zero_grad()
+        return terms
+
+    def weights(self) -> Weights:
+        return {name: value.clone() for name, value in self.vae.state_dict().items()}
+
+
+def equal(one: Weights, other: Weights) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_with_and_without_an_adversary_runs_part_exactly_at_its_start() -> None:
+    on, off = Run(config()), Run(config(loss=dataclasses.replace(LOSS, discriminator=0.0)))
+    before = {name: value.clone() for name, value in on.critic.state_dict().items()}
+    for step in range(2):
+        assert on.step(step).keys() == off.step(step).keys()
+        assert equal(on.weights(), off.weights()) and equal(on.critic.state_dict(), before)
+    for step in (2, 3):
+        assert {"generator", "adaptive_weight", "discriminator", "logits_real"} <= on.step(step).keys()
+        assert "discriminator" not in off.step(step)
+        assert not equal(on.weights(), off.weights()) and not equal(on.critic.state_dict(), before)
+
+
+def test_runs_of_one_seed_are_equal_and_of_two_seeds_are_not() -> None:
+    one, same, other = Run(config()), Run(config()), Run(config(seed=1))
+    for step in range(3):
+        for run in (one, same, other):
+            run.step(step)
+    assert equal(one.weights(), same.weights()) and not equal(one.weights(), other.weights())
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_log_variance_gets_the_gradient_of_the_nll(adversarial: bool) -> None:
+    start = 0 if adversarial else 9
+    run = Run(config(loss=dataclasses.replace(LOSS, learn_logvar=True, logvar_init=-0.4, discriminator_start=start)))
+    loss = run.task.generator_loss(batch(0), 0)
+    loss.surrogate.backward()
+    logvar = torch.tensor(-0.4, requires_grad=True)
+    expected = nll(loss.image, batch(0).image, torch.zeros(2), run.task.weights, logvar)
+    assert_close(loss.terms["nll"], expected.detach())
+    expected.backward()
+    assert run.state.logvar.grad is not None and logvar.grad is not None
+    assert_close(run.state.logvar.grad, logvar.grad, rtol=1e-5, atol=0.0)
+    assert loss.terms["logvar"].item() == pytest.approx(-0.4)
+
+
+def test_the_log_variance_divides_the_image_gradient_of_the_decoder() -> None:
+    """d(nll)/d(weights) is exp(-logvar) times that without one; the KL is switched off to see it."""
+    plain = Run(config(loss=dataclasses.replace(LOSS, kl=0.0)))
+    wide = Run(config(loss=dataclasses.replace(LOSS, kl=0.0, logvar_init=math.log(4.0))))
+    for run in (plain, wide):
+        run.task.generator_loss(batch(0), 0).surrogate.backward()
+    assert wide.state.logvar.grad is None
+    for one, other in zip(plain.vae.parameters(), wide.vae.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_close(other.grad, one.grad / 4, rtol=1e-5, atol=1e-6)
+
+
+def test_the_log_variance_trains_without_weight_decay_and_is_no_part_of_the_model() -> None:
+    run = Run(config(loss=dataclasses.replace(LOSS, learn_logvar=True, logvar_init=1.0)))
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]
+    for step in range(2):
+        run.step(step)
+    assert run.state.logvar.item() == pytest.approx(1.0 - 2 * 1e-3, abs=1e-4)
+    assert not any("logvar" in name for name in run.vae.state_dict())
+
+
+def test_r1_is_counted_lazily_and_logged_by_itself() -> None:
+    critic = dataclasses.replace(CRITIC, r1=3.0, r1_every=2)
+    run = Run(config(discriminator=critic, loss=dataclasses.replace(LOSS, discriminator_start=0)))
+    image = batch(9).image
+    for step, factor in ((0, 6.0), (1, 0.0), (2, 6.0)):
+        loss, terms = run.task.discriminator_loss(batch(step), image, step)
+        real = batch(step).image.requires_grad_()
+        logits = run.critic(real)
+        (gradient,) = torch.autograd.grad(logits.mean((1, 2, 3)).sum(), real)
+        penalty = 0.5 * gradient.square().sum((1, 2, 3)).mean()
+        adversarial = discriminator_loss(logits, run.critic(image))
+        assert_close(loss, adversarial + factor * penalty)
+        assert_close(terms["discriminator"], adversarial.detach())
+        assert ("r1" in terms) == (factor > 0)
+        if factor:
+            assert_close(terms["r1"], penalty)
+            loss.backward()
+            assert all(parameter.grad is not None for parameter in run.critic.parameters())
+
+
+def test_lecam_remembers_every_update_and_is_logged_by_itself() -> None:
+    run = Run(config(discriminator=dataclasses.replace(CRITIC, lecam=0.3)))
+    run.step(0)
+    assert run.state.lecam.updates.item() == 0
+    seen = [run.step(step) for step in (2, 3, 4)]
+    real, fake = (float(seen[0][name]) for name in ("logits_real", "logits_fake"))
+    for terms in seen[1:]:
+        real = 0.99 * real + 0.01 * float(terms["logits_real"])
+        fake = 0.99 * fake + 0.01 * float(terms["logits_fake"])
+    assert run.state.lecam.averages.tolist() == pytest.approx([real, fake], abs=1e-6)
+    assert seen[0]["lecam"].item() == 0.0 and seen[1]["lecam"].item() > 0.0
+    loss, terms = run.task.discriminator_loss(batch(5), batch(6).image, 5)
+    assert_close(loss.detach(), terms["discriminator"] + 0.3 * terms["lecam"])
+
+
+def test_penalties_that_are_off_change_nothing() -> None:
+    plain, off = Run(config()), Run(config(discriminator=dataclasses.replace(CRITIC, r1=0.0, lecam=0.0, r1_every=1)))
+    for step in range(4):
+        assert plain.step(step).keys() == off.step(step).keys()
+    assert equal(plain.weights(), off.weights()) and equal(plain.critic.state_dict(), off.critic.state_dict())
+    assert off.state.lecam.updates.item() == 0
+
+
+def test_act_norm_starts_at_the_adversarial_start() -> None:
+    run = Run(config(discriminator=dataclasses.replace(CRITIC, norm="act")))
+    scales = [p for name, p in run.critic.named_parameters() if name.endswith("weight") and p.ndim == 1]
+    assert len(scales) == 1
+    run.step(1)
+    assert torch.equal(scales[0], torch.ones_like(scales[0]))
+    run.step(2)
+    assert not torch.allclose(scales[0], torch.ones_like(scales[0]), atol=0.1)
+
+
+# --- fine-tuning
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> AutoencoderKL:
+    """A random model, saved as `tmp_path/model/vae`."""
+    torch.manual_seed(5)
+    vae = AutoencoderKL(SHAPE)
+    vae.save_pretrained(tmp_path / "model" / "vae")
+    return vae
+
+
+def tuning(folder: Path, **changes: Any) -> AutoencoderTraining:
+    return config(autoencoder=AutoencoderConfig(), pretrained=str(folder), **changes)
+
+
+@pytest.mark.parametrize("name", ["model", "model/vae"])
+def test_a_pretrained_start_is_the_pretrained_model(tmp_path: Path, pretrained: AutoencoderKL, name: str) -> None:
+    run = Run(tuning(tmp_path / name))
+    assert run.vae.config == pretrained.config and run.vae.training
+    assert equal(run.weights(), dict(pretrained.state_dict()))
+    with torch.no_grad():
+        posterior = pretrained.encode(batch(0).image)
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        expected = pretrained.decode(posterior.mean + posterior.std * noise)
+        assert_close(run.vae(batch(0).image, noise).image, expected)
+    first = run.task.generator_loss(batch(0), 0)
+    assert_close(first.image, Run(tuning(tmp_path / name)).task.generator_loss(batch(0), 0).image)
+    file = tmp_path / "model/vae/diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    run.step(0)
+    assert not equal(run.weights(), dict(pretrained.state_dict())) and file.read_bytes() == before
+
+
+def test_a_frozen_encoder_stays_bit_equal_while_the_decoder_trains(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    run = Run(tuning(tmp_path / "model", freeze_encoder=True))
+    for step in range(3):
+        terms = run.step(step)
+        assert terms["kl"].item() > 0
+    assert "generator" in terms
+    for name, value in pretrained.state_dict().items():
+        frozen = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(run.vae.state_dict()[name], value) == frozen, name
+
+
+def test_the_kl_of_a_frozen_encoder_is_not_in_the_loss(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    heavy, light = (
+        Run(tuning(tmp_path / "model", freeze_encoder=True, loss=dataclasses.replace(LOSS, kl=kl))) for kl in (1e3, 0.0)
+    )
+    surrogates = [run.task.generator_loss(batch(0), 0).surrogate for run in (heavy, light)]
+    assert torch.equal(*surrogates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"pretrained": "./nowhere"}, ["`pretrained`", "nowhere"]),
+        ({"data": DataConfig(resolution=15)}, ["`data.resolution` is 15", "`pretrained`", "multiple of 2"]),
+    ],
+)
+def test_a_pretrained_model_that_cannot_serve_is_refused(
+    tmp_path: Path, pretrained: AutoencoderKL, changes: dict[str, Any], names: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_autoencoder(dataclasses.replace(tuning(tmp_path / "model"), **changes))
+    assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)

@@ -1,0 +1,112 @@
+"""What watches a run, against sums by hand and posteriors whose information is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, PosteriorWatch, named_batch
+
+
+def test_a_batch_is_named_by_its_step_and_samples() -> None:
+    assert named_batch(7, ["a.png", "b.png"]) == "step 7 (a.png, b.png)"
+    assert named_batch(7, ["a", "b", "c", "d"], most=2) == "step 7 (a, b, 2 more)"
+
+
+def terms(accuracy: float, loss: float) -> dict[str, Tensor]:
+    return {"discriminator_accuracy": torch.tensor(accuracy), "discriminator": torch.tensor(loss)}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "speaks"),
+    [(0.995, 0.5, True), (0.6, 0.005, True), (0.985, 0.02, False), (0.5, 1.0, False), (math.nan, math.nan, False)],
+)
+def test_the_discriminator_watch_speaks_when_it_wins(accuracy: float, loss: float, speaks: bool) -> None:
+    watch = DiscriminatorWatch(window=4)
+    for _ in range(3):
+        watch.add(terms(accuracy, loss))
+    assert watch.warning(3) is None
+    watch.add(terms(accuracy, loss))
+    warning = watch.warning(4)
+    assert (warning is not None) == speaks
+    if warning is not None:
+        assert "\n" not in warning and "step 4" in warning and "discriminator.learning_rate_ratio" in warning
+
+
+def test_the_discriminator_watch_takes_the_mean_of_its_window() -> None:
+    watch = DiscriminatorWatch(window=4)
+    for accuracy in (0.0, 0.98, 1.0, 1.0, 0.985):
+        watch.add(terms(accuracy, 1.0))
+    assert "99.1%" in (watch.warning(5) or "")
+    watch.add(terms(0.9, 1.0))
+    assert watch.warning(5000) is None
+
+
+def test_the_discriminator_watch_pauses_between_warnings() -> None:
+    watch = DiscriminatorWatch(window=1)
+    watch.add(terms(1.0, 0.0))
+    assert [step for step in range(100, 3000, 100) if watch.warning(step)] == [100, 1100, 2100]
+
+
+def moments(mean: Tensor, std: Tensor) -> Tensor:
+    return torch.cat([mean, 2 * std.log()], dim=1)
+
+
+def test_the_bound_is_the_mean_divergence_from_the_channels_own_gaussian() -> None:
+    rng = torch.Generator().manual_seed(0)
+    mean, std = (
+        torch.randn(6, 2, 4, 4, generator=rng).double() + 3,
+        torch.rand(6, 2, 4, 4, generator=rng).double() + 0.1,
+    )
+    watch = PosteriorWatch.of(moments(mean, std).split(2))
+    for channel in range(2):
+        m, s = mean[:, channel], std[:, channel]
+        marginal = Normal(m.mean(), ((m - m.mean()).square().mean() + s.square().mean()).sqrt())
+        expected = kl_divergence(Normal(m, s), marginal).mean()
+        assert watch.nats()[channel].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_channel_of_known_information() -> None:
+    """Gaussian means of variance 3 seen through noise of variance 1 carry log(1 + 3) / 2 nats."""
+    mean = 3**0.5 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    watch = PosteriorWatch.of([moments(mean, torch.ones_like(mean))])
+    assert watch.nats().item() == pytest.approx(math.log(2), abs=0.01)
+
+
+def test_dead_channels_are_found_at_every_place_and_scale() -> None:
+    """Channel 0 is the prior, 1 is constant and precise, 3 drowns in its noise; only 2 lives."""
+    signal = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    flat = torch.zeros_like(signal)
+    mean = torch.cat([flat, flat + 5, signal, 0.01 * signal], 1)
+    std = torch.cat([flat + 1, flat + 0.01, flat + 0.1, flat + 1], 1)
+    watch = PosteriorWatch.of([moments(mean, std)])
+    assert watch.dead_channels() == [0, 1, 3]
+    warning = watch.warning(500) or ""
+    assert warning.startswith("step 500: warning: 3 of 4 latent channels (0, 1, 3)") and "\n" not in warning
+    assert "loss.kl" in warning
+
+
+def test_living_channels_give_no_warning_and_nothing_gives_an_error() -> None:
+    signal = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert PosteriorWatch.of([moments(signal, torch.full_like(signal, 0.1))]).warning(1) is None
+    with pytest.raises(ValueError, match="no batch of moments"):
+        PosteriorWatch().nats()
+
+
+def test_the_guard_skips_what_is_not_finite_and_counts() -> None:
+    guard = NonFiniteGuard(limit=3)
+    norms = [1.0, float("nan"), float("inf"), 2.0, float("-inf"), 0.0]
+    assert [guard.allows(torch.tensor(norm), "here") for norm in norms] == [True, False, False, True, False, True]
+    assert guard.total == 3 and guard.in_a_row == 0
+
+
+def test_the_guard_ends_the_run_after_its_limit_in_a_row() -> None:
+    guard = NonFiniteGuard(limit=3)
+    bad = torch.tensor(float("nan"))
+    assert not guard.allows(bad, "step 1") and not guard.allows(bad, "step 2")
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .* the last at step 3 \(a, b\)"):
+        guard.allows(bad, "step 3 (a, b)")
