@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoencoder.config import AutoencoderConfig
+from autoencoder.config import BlocksConfig
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -90,7 +90,7 @@ class Upsample(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention (where wanted), residual block, all at the deepest width."""
 
-    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
+    def __init__(self, channels: int, config: BlocksConfig) -> None:
         super().__init__()
         groups, act_fn = config.norm_num_groups, config.act_fn
         depth = 1 if config.mid_block_add_attention else 0
@@ -108,9 +108,7 @@ class MidBlock(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where wanted."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, layers: int, attend: bool, config: AutoencoderConfig
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, layers: int, attend: bool, config: BlocksConfig) -> None:
         super().__init__()
         groups = config.norm_num_groups
         widths = [in_channels, *[out_channels] * (layers - 1)]
@@ -128,7 +126,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A `Level` that halves the resolution at its end, except for the last one."""
 
-    def __init__(self, index: int, config: AutoencoderConfig) -> None:
+    def __init__(self, index: int, config: BlocksConfig) -> None:
         widths = config.block_out_channels
         attend = config.down_block_types[index].startswith("Attn")
         super().__init__(widths[max(index - 1, 0)], widths[index], config.layers_per_block, attend, config)
@@ -145,7 +143,7 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A `Level`, one block longer than its mirror image, that doubles the resolution unless it is last."""
 
-    def __init__(self, index: int, config: AutoencoderConfig) -> None:
+    def __init__(self, index: int, config: BlocksConfig) -> None:
         widths = config.block_out_channels[::-1]
         attend = config.up_block_types[index].startswith("Attn")
         super().__init__(widths[max(index - 1, 0)], widths[index], config.layers_per_block + 1, attend, config)
@@ -168,7 +166,7 @@ def _run(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
 class Encoder(nn.Module):
     """Image [B, in_channels, H, W] -> moments before quant_conv [B, 2 * latent_channels, H/f, W/f]."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = conv3x3(config.in_channels, widths[0])
@@ -189,7 +187,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent after post_quant_conv [B, latent_channels, h, w] -> image [B, out_channels, f*h, f*w]."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = conv3x3(config.latent_channels, widths[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -13,13 +13,11 @@ UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """Shape of an `AutoencoderKL`; field names and defaults are those of diffusers' ``AutoencoderKL``.
+class BlocksConfig:
+    """Shape of an encoder and its decoder: the keys that all of diffusers' autoencoders share.
 
     The image is halved ``len(block_out_channels) - 1`` times: two entries give f2, four give f8, five f16.
-    Empty block types mean plain residual blocks at every level. ``scaling_factor`` and ``shift_factor`` map
-    raw latents to the denoiser's, z = (raw - shift) * scale; ``latents_mean`` and ``latents_std`` are
-    statistics per channel.
+    Empty block types mean plain residual blocks at every level.
 
     Raises:
         ValueError: a value is impossible or two of them disagree; the sentence names the field and the value.
@@ -36,12 +34,6 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -52,7 +44,6 @@ class AutoencoderConfig:
             object.__setattr__(self, "up_block_types", UP_BLOCKS[:1] * levels)
         self._check_counts()
         self._check_blocks()
-        self._check_latents()
 
     def _check_counts(self) -> None:
         for name in (
@@ -89,6 +80,43 @@ class AutoencoderConfig:
                 if block not in accepted:
                     raise ValueError(f"{name} may hold {' and '.join(accepted)}, got {block!r}")
 
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels along one side of a latent position."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read diffusers' JSON object; keys that start with an underscore are ignored.
+
+        Raises:
+            ValueError: an unknown key (named, with the nearest known one) or an impossible value.
+        """
+        return cls(**_from_json(values, [field.name for field in fields(cls)]))
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(BlocksConfig):
+    """Shape of an `AutoencoderKL`; field names and defaults are those of diffusers' ``AutoencoderKL``.
+
+    ``scaling_factor`` and ``shift_factor`` map raw latents to the denoiser's, z = (raw - shift) * scale;
+    ``latents_mean`` and ``latents_std`` are statistics per channel.
+
+    Raises:
+        ValueError: a value is impossible or two of them disagree; the sentence names the field and the value.
+    """
+
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_latents()
+
     def _check_latents(self) -> None:
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor must be positive, got {self.scaling_factor!r}")
@@ -97,30 +125,16 @@ class AutoencoderConfig:
             if values is not None and len(values) != self.latent_channels:
                 raise ValueError(f"{name} has {len(values)} entries, latent_channels is {self.latent_channels}")
 
-    @property
-    def downsample_factor(self) -> int:
-        """Image pixels along one side of a latent position."""
-        return int(2 ** (len(self.block_out_channels) - 1))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        """Read diffusers' JSON object; keys that start with an underscore are ignored.
-
-        Raises:
-            ValueError: an unknown key (named, with the nearest known one) or an impossible value.
-        """
-        return cls(**_from_json(values, [field.name for field in fields(cls)]))
-
     def to_dict(self) -> dict[str, Any]:
         """Diffusers' JSON object: every field plus ``_class_name``."""
         return {"_class_name": "AutoencoderKL", **_to_json(vars(self))}
 
 
 @dataclass(frozen=True)
-class VQConfig:
+class VQConfig(BlocksConfig):
     """Shape of a `VQModel`; field names and defaults are those of diffusers' ``VQModel``.
 
-    Encoder and decoder follow the rules of `AutoencoderConfig`. The codebook holds `num_vq_embeddings` vectors of
+    The codebook holds `num_vq_embeddings` vectors of
     `vq_embed_dim` entries (None: `latent_channels`). ``norm_type`` and ``lookup_from_codebook`` are read so that
     diffusers' files are, and accept diffusers' defaults only.
 
@@ -128,28 +142,15 @@ class VQConfig:
         ValueError: a value is impossible or two of them disagree; the sentence names the field and the value.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ()
-    up_block_types: tuple[str, ...] = ()
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    act_fn: str = "silu"
     latent_channels: int = 3
-    sample_size: int = 32
     num_vq_embeddings: int = 256
-    norm_num_groups: int = 32
     vq_embed_dim: int | None = None
-    scaling_factor: float = 0.18215
     norm_type: str = "group"
-    mid_block_add_attention: bool = True
     lookup_from_codebook: bool = False
     force_upcast: bool = False
 
     def __post_init__(self) -> None:
-        blocks = self.blocks
-        object.__setattr__(self, "down_block_types", blocks.down_block_types)
-        object.__setattr__(self, "up_block_types", blocks.up_block_types)
+        super().__post_init__()
         if not _is_count(self.num_vq_embeddings):
             raise ValueError(f"num_vq_embeddings must be a positive integer, got {self.num_vq_embeddings!r}")
         if self.vq_embed_dim is not None and not _is_count(self.vq_embed_dim):
@@ -160,25 +161,9 @@ class VQConfig:
             raise ValueError(f"lookup_from_codebook must be false, got {self.lookup_from_codebook!r}")
 
     @property
-    def blocks(self) -> AutoencoderConfig:
-        """The shape of the encoder and the decoder alone."""
-        shared = {field.name for field in fields(AutoencoderConfig)} & {field.name for field in fields(self)}
-        return AutoencoderConfig(**{name: getattr(self, name) for name in shared})
-
-    @property
     def embed_dim(self) -> int:
         """Entries of one codebook vector."""
         return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
-
-    @property
-    def downsample_factor(self) -> int:
-        """Image pixels along one side of a latent position."""
-        return self.blocks.downsample_factor
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VQConfig:
-        """Read diffusers' JSON object; see `AutoencoderConfig.from_dict`."""
-        return cls(**_from_json(values, [field.name for field in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Diffusers' JSON object: every field plus ``_class_name``."""

@@ -144,12 +144,12 @@ class VQModel(ConvolutionalAutoencoder):
         super().__init__()
         self.config = config
         channels, dim = config.latent_channels, config.embed_dim
-        self.encoder = Encoder(config.blocks)
+        self.encoder = Encoder(config)
         self.encoder.conv_out = conv3x3(config.block_out_channels[-1], channels)
         self.quant_conv = nn.Conv2d(channels, dim, 1)
         self.quantize = VectorQuantizer(config.num_vq_embeddings, dim, update)
         self.post_quant_conv = nn.Conv2d(dim, channels, 1)
-        self.decoder = Decoder(config.blocks)
+        self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents before quantisation [B, D, H/f, W/f] of images x [B, 3, H, W] in [-1, 1].
