@@ -49,7 +49,7 @@ from ldm.training.launch import (
     trial_run,
 )
 from ldm.training.log import TrainingLog, averaged
-from ldm.training.optim import adamw, learning_rate, set_learning_rate
+from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
 from ldm.training.run_dir import RunDir, weights_hash
 
 CAPTIONS_FOR_VOCABULARY = 100_000
@@ -88,7 +88,7 @@ def main() -> None:
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder)
-    optimizer = adamw(network.parameters(), config.optimizer, config.optimizer.learning_rate)
+    optimizer = optimizer_of(network, config.optimizer)
     if accelerator.is_main_process:
         print(f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters")
 

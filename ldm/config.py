@@ -76,8 +76,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and a learning rate that is a function of the step alone."""
+    """The optimiser and a learning rate that is a function of the step alone.
 
+    `muon`, for stage two, trains the hidden matrices of U-Net and text encoder by Muon and the rest by AdamW.
+    """
+
+    type: Literal["adamw", "muon"] = "adamw"
+    muon_momentum: float = 0.95
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 0
@@ -90,7 +95,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "learning_rate", "adam_epsilon", "max_grad_norm")
         _require_at_least(self, "optimizer", 0, "lr_warmup_steps", "adam_weight_decay")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"`optimizer.{name}` is {value}; it must lie in [0, 1)")
 
@@ -306,6 +311,7 @@ class AutoencoderTraining:
     def __post_init__(self) -> None:
         _require_at_least(self, "", 1, "statistics_samples")
         _require_positive(self, "", "scaling_factor")
+        _require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
         self._check_pretrained()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         _require(

@@ -44,7 +44,7 @@ COLORS: Final[dict[str, RGB]] = {
     "cyan": (40, 210, 230),
     "pink": (255, 110, 190),
 }
-SIZES: Final[dict[str, float]] = {"small": 0.1, "large": 0.165}
+SIZES: Final[dict[str, float]] = {"small": 0.108, "large": 0.17}
 """Nominal radius of each size as a fraction of the image side."""
 BACKGROUNDS: Final[dict[str, RGB]] = {
     "white": (255, 255, 255),
@@ -65,11 +65,15 @@ SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 MIN_RESOLUTION: Final = 24
 SINGLE_FRACTION: Final = 0.35
 SIZE_JITTER: Final = 0.05
-BORDER: Final = 0.03
+BORDER: Final = 0.025
 GAP: Final = 0.05
 """Smallest free space between the bounding boxes of two shapes along the axis of their relation."""
-MAX_SLOPE: Final = 0.4
-"""Largest offset across the axis of the relation, as a fraction of the offset along it."""
+ALONG: Final = 0.05
+"""Largest distance of a shape from the middle of its half, along the axis of the relation."""
+ACROSS: Final = 0.08
+"""Largest distance from the middle of the image, across the axis of the relation."""
+ALONE: Final = 0.12
+"""Largest distance of a single shape from the middle of the image, along each axis."""
 
 
 def _every_tenth(facts: Sequence[tuple[str, ...]]) -> frozenset[tuple[str, ...]]:
@@ -203,9 +207,9 @@ def contains_held_out(shapes: Sequence[Shape], relation: str | None) -> bool:
 def scene(index: int, split: str = "train", seed: int = 0, num_shapes: int | None = None) -> Scene:
     """Scene `index` of a split: the same on every machine, whatever was drawn before.
 
-    `num_shapes` forces 1 or 2 shapes; None draws one shape in 35 % of the scenes. Two shapes of a scene
-    differ in kind or colour, keep `GAP` between them and lie clearly along the axis of their relation
-    (`MAX_SLOPE`).
+    `num_shapes` forces 1 or 2 shapes; None draws one shape in 35 % of the scenes. A single shape lies near the
+    middle, two of them near the middles of the halves that their relation names, with `GAP` between them. They
+    differ in kind or colour.
 
     Raises ValueError for an unknown split, a negative index or seed, or another number of shapes.
     """
@@ -245,39 +249,21 @@ def _radius(draws: _Draws, shape: Shape) -> float:
 
 
 def _place_one(draws: _Draws, shape: Shape) -> tuple[Placed, ...]:
-    radius = _radius(draws, shape)
-    margins = [BORDER + half * radius for half in HALF_EXTENT[shape.kind]]
-    x, y = (draws.uniform(margin, 1 - margin) for margin in margins)
-    return (Placed(shape, x, y, radius),)
+    x, y = (draws.uniform(0.5 - ALONE, 0.5 + ALONE) for _ in range(2))
+    return (Placed(shape, x, y, _radius(draws, shape)),)
 
 
 def _place_two(draws: _Draws, shapes: Sequence[Shape], relation: str) -> tuple[Placed, ...]:
-    along = 1 if relation in ("above", "below") else 0
-    radii = [_radius(draws, shape) for shape in shapes]
-    halves = [
-        (HALF_EXTENT[shape.kind][along] * radius, HALF_EXTENT[shape.kind][1 - along] * radius)
-        for shape, radius in zip(shapes, radii, strict=True)
-    ]
-    order = (0, 1) if relation in ("above", "to the left of") else (1, 0)
-    main = _along(draws, halves[order[0]][0], halves[order[1]][0])
-    cross = _across(draws, halves[order[0]][1], halves[order[1]][1], MAX_SLOPE * (main[1] - main[0]))
-    centers = [(main[order[i]], cross[order[i]])[:: 1 if along == 0 else -1] for i in range(2)]
-    return tuple(Placed(s, x, y, r) for s, (x, y), r in zip(shapes, centers, radii, strict=True))
-
-
-def _along(draws: _Draws, first: float, second: float) -> tuple[float, float]:
-    """Centres of two intervals of these half lengths, in this order, at least `GAP` apart."""
-    slack = 1 - 2 * BORDER - GAP - 2 * first - 2 * second
-    before, after = sorted((draws.uniform(0, slack), draws.uniform(0, slack)))
-    return BORDER + before + first, BORDER + GAP + after + 2 * first + second
-
-
-def _across(draws: _Draws, first: float, second: float, reach: float) -> tuple[float, float]:
-    """Centres of two intervals of these half lengths, at most `reach` apart; the longer is placed first."""
-    long, short = max(first, second), min(first, second)
-    anchor = draws.uniform(BORDER + long, 1 - BORDER - long)
-    other = draws.uniform(max(BORDER + short, anchor - reach), min(1 - BORDER - short, anchor + reach))
-    return (anchor, other) if first >= second else (other, anchor)
+    vertical = relation in ("above", "below")
+    middles = (0.25, 0.75) if relation in ("above", "to the left of") else (0.75, 0.25)
+    placed = []
+    for shape, middle in zip(shapes, middles, strict=True):
+        radius = _radius(draws, shape)
+        room = 0.25 - max(BORDER, GAP / 2) - HALF_EXTENT[shape.kind][vertical] * radius
+        along = middle + min(ALONG, room) * draws.uniform(-1, 1)
+        across = 0.5 + ACROSS * draws.uniform(-1, 1)
+        placed.append(Placed(shape, *((across, along) if vertical else (along, across)), radius))
+    return tuple(placed)
 
 
 def coverage(kind: str, x: float, y: float, radius: float, columns: FloatArray, rows: FloatArray) -> FloatArray:
