@@ -35,6 +35,7 @@ check: $(DONE)
 
 train: $(DONE)
 	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
+	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder-decoder.yaml
 	$(RUN)/accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
 
 train-quick: $(DONE)

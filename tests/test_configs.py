@@ -24,10 +24,11 @@ def named(files: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", files, ids=[str(f.relative_to(FOLDER)) for f in files])
 
 
-def source_of(config: LdmTraining) -> AutoencoderTraining | None:
-    """The stage-one config whose export a stage-two config reads, where it is one of ours."""
+def written_by(export: str | None) -> AutoencoderTraining | None:
+    """The stage-one config that makes an export from scratch, where it is one of ours; fine-tuning is followed back."""
     candidates = [load_config(AutoencoderTraining, path) for path in STAGE_ONE]
-    return next((c for c in candidates if f"{c.output_dir}/export" == config.autoencoder), None)
+    found = next((c for c in candidates if f"{c.output_dir}/export" == export), None)
+    return written_by(found.pretrained) if found is not None and found.pretrained else found
 
 
 def test_there_are_configs_of_both_stages() -> None:
@@ -52,7 +53,7 @@ def test_a_stage_one_file_builds(path: Path) -> None:
 def test_a_stage_two_file_builds(path: Path) -> None:
     config = load_config(LdmTraining, path)
     build_objective(config)
-    stage_one = source_of(config)
+    stage_one = written_by(config.autoencoder)
     factor = stage_one.autoencoder.downsample_factor if stage_one else 8
     check_resolution(config, factor)
     side, length, width = config.data.resolution // factor, 77, config.unet.cross_attention_dim
@@ -84,7 +85,7 @@ def test_a_stage_two_file_fits_the_stage_one_file_that_it_names(path: Path) -> N
     config = load_config(LdmTraining, path)
     if not config.autoencoder.startswith("runs/"):
         return
-    stage_one = source_of(config)
+    stage_one = written_by(config.autoencoder)
     assert stage_one is not None, f"no config writes {config.autoencoder}"
     assert config.unet.in_channels == config.unet.out_channels == stage_one.autoencoder.latent_channels
     assert config.data.resolution == stage_one.data.resolution
