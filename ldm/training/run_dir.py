@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -161,12 +162,19 @@ def write_state(folder: Path, state: State) -> None:
         tensors: dict[str, Tensor] = {}
         skeleton = json.dumps(_split(tree, name, tensors))
         write_text(folder / f"{name}.json", skeleton)
-        save_file(tensors, folder / f"{name}.safetensors")
-        sync_file(folder / f"{name}.safetensors")
+        _write_tensors(folder / f"{name}.safetensors", tensors)
         for file in (f"{name}.json", f"{name}.safetensors"):
             hashes[file] = file_hash(folder / file)
     write_text(folder / "manifest.json", json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
     sync_folder(folder)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    sync_file(path)
 
 
 def read_state(folder: Path) -> State:
