@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, TrainingConfig
 from ldm.config_file import Launch, dump_config
 from ldm.data.order import BatchPlan
-from ldm.training.processes import LostProcess, start_all_processes
+from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -164,6 +164,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(1 if isinstance(error, (FloatingPointError, LostProcess)) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        print("error: another process of this training ended; what it said tells why", file=sys.stderr)
+        sys.exit(1)
 
 
 def tracker_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch.distributed
@@ -48,15 +49,28 @@ def start_all_processes() -> None:
 
 def launcher_arguments() -> argparse.Namespace | None:
     """The arguments of `accelerate launch` where it is this process's parent, with those of its config file."""
-    command = psutil.Process(os.getppid()).cmdline()
-    place = next((i for i, word in enumerate(command) if word == "launch"), None)
-    if place is None or not any("accelerate" in word for word in command[:place]):
+    try:
+        words = launch_words(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
         return None
-    asked = launch_command_parser().parse_args(command[place + 1 :])
+    if words is None:
+        return None
+    asked = launch_command_parser().parse_args(words)
     for name, value in _file_settings(asked).items():
         if getattr(asked, name, None) is None:
             setattr(asked, name, value)
     return asked
+
+
+def launch_words(command: Sequence[str]) -> list[str] | None:
+    """What follows `accelerate launch`, or another name of it, in a command line; None in any other command line."""
+    for place, word in enumerate(command[:6]):
+        name, before = Path(word).name, Path(command[place - 1]).name if place else ""
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return list(command[place + 1 :])
+        if word == "launch" and before in ("accelerate", "accelerate.commands.accelerate_cli"):
+            return list(command[place + 1 :])
+    return None
 
 
 def _file_settings(asked: argparse.Namespace) -> Mapping[str, object]:
@@ -89,7 +103,7 @@ def last_state_named(run: RunDir) -> Iterator[None]:
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_newest(run)}") from error
     except RuntimeError as error:
-        if not _lost_connection(error):
+        if not lost_connection(error):
             raise
         raise LostProcess(
             f"the connection to another process of this training was lost ({_first_line(error)}); {_newest(run)}, and "
@@ -102,7 +116,8 @@ def _newest(run: RunDir) -> str:
     return "no state was saved yet" if folder is None else f"the last good state is {folder}"
 
 
-def _lost_connection(error: RuntimeError) -> bool:
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return shared and any(word in str(error).lower() for word in LOST)
 
