@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def kill_all(folder: Path, kills: int, chain: int, draw: random.Random) -> dict[
         first = cases[0].folder / "one_1_undisturbed" / "export" if cases else None
         cases.append(undisturbed(stage, processes, folder, first))
     turns = [label_turns(case, draw) for case in cases]
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     labels: set[tuple[str, int, str]] = set()
     done = runs = equal = 0
     while done < kills:
@@ -143,12 +144,11 @@ def kill_all(folder: Path, kills: int, chain: int, draw: random.Random) -> dict[
                 codes = killed_at_point(case, config, run, rank, what, draw.choice((1, 1, 2)))
             if codes[rank] == -signal.SIGKILL:
                 done += 1
-                counts[f"stage {case.stage}, {case.processes} processes"] = (
-                    counts.get(f"stage {case.stage}, {case.processes} processes", 0) + 1
-                )
+                counts[f"stage {case.stage}, {case.processes} processes"] += 1
                 labels.add((case.stage, rank, what))
         runs += 1
         equal += same_as_undisturbed(case, config, run)
+        print(f"{done} kills, {equal} of {runs} runs equal", file=sys.stderr, flush=True)
         shutil.rmtree(run, ignore_errors=True)
     places = {(case.stage, rank, label) for case in cases for rank, t in enumerate(case.points) for label in set(t)}
     return {

@@ -5,6 +5,7 @@
     python -m benchmarks.survival disk        a disk that fails while a state is saved
     python -m benchmarks.survival restarts    stopped after each of 24 steps, with several settings
     python -m benchmarks.survival processes   one process, then two, then one
+    python -m benchmarks.survival looking     validation, pictures and logging at every step, and at none
 
 Each prints one line of JSON and ends with 1 if something was not as it must be.
 """
@@ -214,15 +215,15 @@ def with_a_fault(stage: str, config: Path, name: str) -> int:
     return train_here(stage, config)
 
 
-def restarts(folder: Path) -> dict[str, int]:
+def restarts(folder: Path, workers: tuple[int, ...] = (0, 2)) -> dict[str, int]:
     """Three epochs of 24 steps in one go and with a stop after every step: the same bits for every setting."""
     counts = {"settings": 0, "starts": 0, "equal": 0}
-    for workers, accumulation, decay in product((0, 2), (1, 2), (0.9, 0.0)):
+    for count, accumulation, decay in product(workers, (1, 2), (0.9, 0.0)):
         argv = ["--training.max_train_steps", "24", "--training.gradient_accumulation_steps", str(accumulation)]
         argv += ["--training.train_batch_size", str(4 // accumulation), "--training.ema_decay", str(decay)]
-        argv += ["--data.dataloader_num_workers", str(workers), "--data.max_train_samples", "32"]
+        argv += ["--data.dataloader_num_workers", str(count), "--data.max_train_samples", "32"]
         argv += ["--validation.steps", "24", "--training.checkpointing_steps", "24", "--loss.discriminator_start", "10"]
-        whole, stopped = (folder / f"{name}_{workers}_{accumulation}_{decay}" for name in ("whole", "stopped"))
+        whole, stopped = (folder / f"{name}_{count}_{accumulation}_{decay}" for name in ("whole", "stopped"))
         code = in_fork(partial(train_here, "one", write_config("one", whole), *argv), whole)
         pieces = in_fork(partial(in_pieces, write_config("one", stopped), argv), stopped)
         counts["settings"] += 1
@@ -241,6 +242,25 @@ def in_pieces(config: Path, argv: list[str]) -> int:
     StopSignal.requested = requested  # type: ignore[method-assign]
     codes = [train_here("one", config, *argv) for _ in range(24)]
     return 0 if codes == [143] * 24 else 1
+
+
+def looking(folder: Path) -> dict[str, int]:
+    """Both stages with everything that is only looked at switched on at every step, and off: the same weights."""
+    finished(folder, "one")
+    counts = {"stages": 0, "equal": 0}
+    for stage in ("one", "two"):
+        off = ["--validation.steps", "1000", "--training.logging_steps", "1000"]
+        on = ["--validation.steps", "1", "--training.report_to", "tensorboard"]
+        on += ["--validation.seed", "7"] if stage == "two" else []
+        hashes = []
+        for name, argv in (("on", on), ("off", off)):
+            run = folder / f"{name}_{stage}"
+            config = write_config(stage, run, folder / "one" / "export")
+            in_fork(partial(train_here, stage, config, *argv), run)
+            hashes.append(final_hashes(run))
+        counts["stages"] += 1
+        counts["equal"] += hashes[0] == hashes[1]
+    return counts
 
 
 def processes(folder: Path) -> dict[str, float]:
@@ -333,6 +353,7 @@ KINDS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any
     "numbers": (numbers, lambda r: len(set(r.values())) == 1),
     "disk": (disk, lambda r: len(set(r.values())) == 1),
     "restarts": (restarts, lambda r: r["equal"] == r["settings"]),
+    "looking": (looking, lambda r: r["equal"] == r["stages"]),
     "processes": (processes, lambda r: r["same_samples"] == r["stages"] and r["largest_difference"] < 1e-6),
 }
 
@@ -340,7 +361,11 @@ KINDS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(KINDS))
-    measure, good = KINDS[parser.parse_args().kind]
+    parser.add_argument("--workers", type=int, help="for restarts: only this number of data-loading workers")
+    args = parser.parse_args()
+    measure, good = KINDS[args.kind]
+    if args.workers is not None:
+        measure = partial(restarts, workers=(args.workers,))
     settle()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:

@@ -31,6 +31,7 @@ PR_SET_PDEATHSIG = 1
 
 def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
     """The accelerator: processes, devices, precision and accumulation. On CPU everything is fp32, whatever is asked."""
+    refuse_sharding()
     keep_heap()
     stop_with_parent()
     start_all_processes()
@@ -47,6 +48,16 @@ def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
     )
     set_seed(config.seed)
     return accelerator
+
+
+def refuse_sharding() -> None:
+    """Raises a ConfigError under accelerate's sharded modes: state, average and guard need whole weights."""
+    for mode in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate was asked for {mode}, which shards the weights; every process needs them whole here, so "
+                "take train_configs/accelerate/ddp.yaml"
+            )
 
 
 def trackers(report_to: str) -> list[str]:
