@@ -114,9 +114,10 @@ class LatentCodec:
         return (raw - self.shift.to(raw)) * self.scale.to(raw)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images in [-1, 1], float32, from latents z."""
+        """Images in [-1, 1], float32, from latents z. What is infinite becomes NaN, not white or black."""
         raw = z / self.scale.to(z) + self.shift.to(z)
-        return self.vae.decode(raw.to(self.vae.dtype)).float().clamp(-1.0, 1.0)
+        image = self.vae.decode(raw.to(self.vae.dtype)).float()
+        return image.masked_fill(image.isinf(), torch.nan).clamp(-1.0, 1.0)
 
     def _per_channel(self, name: str, value: Tensor | float) -> Tensor:
         """`value` shaped to broadcast against [B, C, h, w]."""

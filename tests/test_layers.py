@@ -25,6 +25,7 @@ NEIGHBOURS = {
     ("ldm.config_file", "ldm.config"),
     ("ldm.training", "ldm.config"),
     ("ldm.training", "ldm.config_file"),
+    ("ldm.training", "ldm.evaluation"),
     ("ldm", "ldm.pipeline"),
 }
 """The imports within a layer that the plan allows below the top: the parts of a room that spans several files."""
