@@ -55,7 +55,7 @@ def launcher_arguments() -> argparse.Namespace | None:
         return None
     if words is None:
         return None
-    asked = launch_command_parser().parse_args(words)
+    asked: argparse.Namespace = launch_command_parser().parse_args(words)
     for name, value in _file_settings(asked).items():
         if getattr(asked, name, None) is None:
             setattr(asked, name, value)
