@@ -175,10 +175,9 @@ def poisoned(stage: str, config: Path, patch: Patch) -> int:
 
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a state but the batch-norm statistics, which every forward pass moves, by file and name."""
+    """All tensors of a state, by file and name."""
     files = sorted((run / "state" / f"step_{step:06d}").glob("*.safetensors"))
-    tensors = {f"{f.stem}/{name}": value for f in files for name, value in load_file(f).items()}
-    return {name: value for name, value in tensors.items() if "running_" not in name and "num_batches" not in name}
+    return {f"{f.stem}/{name}": value for f in files for name, value in load_file(f).items()}
 
 
 def is_finite(value: torch.Tensor) -> bool:
