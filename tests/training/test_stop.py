@@ -51,7 +51,7 @@ def test_outside_the_loop_the_first_signal_already_ends_the_process(stop: StopSi
 
 
 def test_in_the_loop_it_is_remembered_and_ends_what_asks(stop: StopSignal) -> None:
-    with stop.deferred():
+    with pytest.raises(SystemExit) as end, stop.deferred():
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
@@ -63,15 +63,14 @@ def test_in_the_loop_it_is_remembered_and_ends_what_asks(stop: StopSignal) -> No
         assert seen == [] and not ended
         with pytest.raises(Stopped):
             stop.check("any", "argument")
+    assert end.value.code == 143
 
 
 def test_a_repeated_signal_within_two_seconds_is_the_same(stop: StopSignal) -> None:
-    with stop.deferred():
+    with pytest.raises(SystemExit) as end, stop.deferred():
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT
-    with pytest.raises(SystemExit) as end:
-        stop.leave()
     assert end.value.code == 130
 
 
