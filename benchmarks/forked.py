@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 
 import train_autoencoder
 import train_ldm
@@ -170,8 +170,8 @@ def write_config(stage: str, folder: Path, autoencoder: Path | None = None) -> P
 
 def train_here(stage: str, config: Path, *argv: str) -> int:
     """Trains in this very process and returns the exit code."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state() if state is not GradientState else state._shared_state.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     sys.argv = ["train", "--config", str(config), *argv]
     try:
         run_command(MAINS[stage])

@@ -279,8 +279,12 @@ def processes(folder: Path) -> dict[str, float]:
 
 
 def elastic(stage: str, run: Path, config: Path, count: int, first: int, last: int) -> None:
-    """Trains from step `first` to step `last` on `count` processes, with a global batch of 8."""
+    """Trains from step `first` to step `last` on `count` processes, with a global batch of 8.
+
+    Batch norm would see the rows of one process only, so the discriminator has group norm here.
+    """
     argv = ["--training.train_batch_size", str(8 // count), "--allow-config-change"]
+    argv += ["--discriminator.norm", "group"] if stage == "one" else []
     work = partial(noting_samples, run, stage, config, argv, last - first if last < STEPS else 0)
     with forked(lambda _: work(), count, run.with_suffix(".log")) as children:
         codes = exit_codes(children)
