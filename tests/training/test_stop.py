@@ -16,7 +16,7 @@ LOOP = """
 import sys, time, torch
 from torch.utils.data import DataLoader, Dataset
 from accelerate import Accelerator
-from ldm.data.batches import outlive_signals
+from ldm.data.batches import leave_signals_to_parent
 from ldm.training.stop import StopSignal
 class Slow(Dataset):
     def __len__(self): return 10_000
@@ -24,7 +24,7 @@ class Slow(Dataset):
         time.sleep(0.02)
         return i
 stop, accelerator = StopSignal(), Accelerator(cpu=True)
-batches = iter(DataLoader(Slow(), batch_size=1, num_workers=2, worker_init_fn=outlive_signals))
+batches = iter(DataLoader(Slow(), batch_size=1, num_workers=2, worker_init_fn=leave_signals_to_parent))
 with stop.deferred():
     for step, batch in enumerate(batches):
         print(step, flush=True)
