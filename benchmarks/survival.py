@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -214,10 +214,14 @@ def with_a_fault(stage: str, config: Path, name: str) -> int:
     return train_here(stage, config)
 
 
-def restarts(folder: Path, workers: tuple[int, ...] = (0, 2)) -> dict[str, int]:
+SETTINGS = tuple(product((0, 2), (1, 2), (0.9, 0.0)))
+"""Data-loading workers, micro-batches, and the average's decay, of which 0 is no average."""
+
+
+def restarts(folder: Path, settings: Sequence[tuple[int, int, float]] = SETTINGS) -> dict[str, int]:
     """Three epochs of 24 steps in one go and with a stop after every step: the same bits for every setting."""
     counts = {"settings": 0, "starts": 0, "equal": 0}
-    for count, accumulation, decay in product(workers, (1, 2), (0.9, 0.0)):
+    for count, accumulation, decay in settings:
         argv = ["--training.max_train_steps", "24", "--training.gradient_accumulation_steps", str(accumulation)]
         argv += ["--training.train_batch_size", str(4 // accumulation), "--training.ema_decay", str(decay)]
         argv += ["--data.dataloader_num_workers", str(count), "--data.max_train_samples", "32"]
@@ -364,11 +368,11 @@ KINDS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("--workers", type=int, help="for restarts: only this number of data-loading workers")
+    parser.add_argument("--quick", action="store_true", help="for restarts: two settings of eight")
     args = parser.parse_args()
     measure, good = KINDS[args.kind]
-    if args.workers is not None:
-        measure = partial(restarts, workers=(args.workers,))
+    if args.quick:
+        measure = partial(restarts, settings=(SETTINGS[0], SETTINGS[-1]))
     settle()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
