@@ -58,7 +58,7 @@ SIGNALS = (
     ("one", "before encoding", 1),
     ("one", "before fsync of state/.tmp_step_N/optimizer.safetensors", 1),
     ("one", "before rename to state/step_N", 2),
-    ("one", "before writing export/vae/diffusion_pytorch_model.safetensors", 1),
+    ("one", "before writing .export.tmp/vae/diffusion_pytorch_model.safetensors", 1),
     ("two", "before encoding", 3),
     ("two", "after the denoising loss", 4),
     ("two", "after writing metrics", 3),
