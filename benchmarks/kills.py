@@ -107,7 +107,9 @@ def label_turns(case: Case, draw: random.Random) -> list[tuple[int, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="how many in all; every fifth at a random instant")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how many in all; every fifth at a random instant, the others at points"
+    )
     parser.add_argument("--chain", type=int, default=4, help="kills of one run before it is finished and compared")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
