@@ -41,7 +41,7 @@ def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision if on_gpu else "no",
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        log_with=trackers(training.report_to),
+        log_with=trackers(training.report_to) or None,
         project_config=ProjectConfiguration(folder, os.path.join(folder, "logs")),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
