@@ -101,7 +101,8 @@ def main() -> None:
     first, statistics = checkpoint.resume(), RunningStatistics(discriminator)
 
     # 4. Loop
-    plan, start = batch_plan(training, accelerator), min(total, config.loss.discriminator_start)
+    plan = batch_plan(training, accelerator)
+    start = min(total, config.loss.discriminator_start) if weights.discriminator > 0 else total
     steps = trial_steps(total, 0, start) if launch.dry_run else range(first, total)
     batches = build_batches(config.data, plan, config.seed, first, first + len(steps))
     skips = SkipCounter(config.data.max_bad_fraction)
@@ -152,8 +153,7 @@ def main() -> None:
 
             done = step + 1
             if launch.dry_run:
-                phase = ("step with the discriminator", total - start) if adversarial else ("step", start)
-                trial.mark(*phase)
+                trial.mark(*("step with the discriminator", total - start) if adversarial else ("step", start))
                 continue
             if due(done, training.logging_steps, total):
                 log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})
