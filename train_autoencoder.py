@@ -32,7 +32,7 @@ from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.ema import Ema
-from ldm.training.guards import DiscriminatorWatch, UpdateGuard, named_batch
+from ldm.training.guards import DiscriminatorWatch, RunningStatistics, UpdateGuard
 from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import (
     batch_plan,
@@ -59,8 +59,7 @@ def main() -> None:
     # 1. Config
     config, launch = parse_command_line(AutoencoderTraining, sys.argv[1:])
     training, total = config.training, config.training.max_train_steps
-    accelerator = place(config)
-    stop, trial = StopSignal(), Trial()
+    accelerator, stop, trial = place(config), StopSignal(), Trial()
     run = open_run(accelerator, config, launch)
 
     # 2. Parts
@@ -83,7 +82,6 @@ def main() -> None:
     loss_state.to(accelerator.device)
     model, wrapped_d, optimizer, d_optimizer = accelerator.prepare(vae, discriminator, optimizer, d_optimizer)
     ema, guard, watch = Ema(vae, training.ema_decay), UpdateGuard(training.skip_loss_spikes), DiscriminatorWatch()
-    side = config.data.resolution // vae.downsample_factor
     task = AutoencoderTask(
         model,
         wrapped_d,
@@ -92,7 +90,7 @@ def main() -> None:
         weights,
         build_penalties(config.discriminator),
         loss_state,
-        (vae.config.latent_channels, side, side),
+        (vae.config.latent_channels, *[config.data.resolution // vae.downsample_factor] * 2),
         config.seed,
         mean_over_processes(accelerator),
     )
@@ -100,10 +98,11 @@ def main() -> None:
     parts = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": d_optimizer}
     checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, {**parts, **optimizers})
-    first = checkpoint.resume()
+    first, statistics = checkpoint.resume(), RunningStatistics(discriminator)
 
     # 4. Loop
-    plan, start = batch_plan(training, accelerator), min(total, config.loss.discriminator_start)
+    plan = batch_plan(training, accelerator)
+    start = min(total, config.loss.discriminator_start) if weights.discriminator > 0 else total
     steps = trial_steps(total, 0, start) if launch.dry_run else range(first, total)
     batches = build_batches(config.data, plan, config.seed, first, first + len(steps))
     skips = SkipCounter(config.data.max_bad_fraction)
@@ -111,7 +110,6 @@ def main() -> None:
     validate = partial(validate_autoencoder, vae, ema, validation, config, run, log, stop)
     if run.lacks_sample(first, config.validation.steps, total):
         validate(first)
-    trial.mark("start", 1)
     with stop.deferred(), last_state_named(run):
         for step in steps:
             rate = learning_rate(step, total, config.optimizer)
@@ -137,7 +135,7 @@ def main() -> None:
             terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
             d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else 0.0
             losses = task.reduce_mean(terms["nll"] + terms["kl"])
-            refusal = guard.refusal(losses, terms["gradient_norm"] + d_norm, named_batch(step, keys))
+            refusal = guard.refusal(losses, terms["gradient_norm"] + d_norm, step, keys)
             if refusal is None:
                 optimizer.step()
                 if adversarial:
@@ -145,16 +143,17 @@ def main() -> None:
                     task.remember(terms)
                     watch.add(terms)
                 ema.update()
+                statistics.keep()
             else:
-                log.say(refusal)
+                statistics.restore()
+            log.say(refusal)
             optimizer.zero_grad()
             d_optimizer.zero_grad()
             log.add(terms)
 
             done = step + 1
             if launch.dry_run:
-                phase = ("step with the discriminator", total - start) if adversarial else ("step", start)
-                trial.mark(*phase)
+                trial.mark(*("step with the discriminator", total - start) if adversarial else ("step", start))
                 continue
             if due(done, training.logging_steps, total):
                 log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})

@@ -50,8 +50,7 @@ def main() -> None:
     # 1. Config
     config, launch = parse_command_line(LdmTraining, sys.argv[1:])
     training, total = config.training, config.training.max_train_steps
-    accelerator = place(config)
-    stop, trial = StopSignal(), Trial()
+    accelerator, stop, trial = place(config), StopSignal(), Trial()
     run = open_run(accelerator, config, launch)
 
     # 2. Parts
@@ -107,7 +106,6 @@ def main() -> None:
     validate = partial(validate_ldm, bare, drawn, ema, held_out, config, run, log, stop)
     if run.lacks_sample(first, config.validation.steps, total):
         validate(first)
-    trial.mark("start", 1)
     with stop.deferred(), last_state_named(run):
         for step in steps:
             rate = learning_rate(step, total, config.optimizer)
@@ -123,7 +121,7 @@ def main() -> None:
                 by_timestep.add(loss.rows, loss.t)
             terms = {"loss": mean(torch.stack(losses).mean())}
             terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
-            refusal = guard.refusal(terms["loss"], terms["gradient_norm"], f"step {step}")
+            refusal = guard.refusal(terms["loss"], terms["gradient_norm"], step)
             if refusal is None:
                 optimizer.step()
                 ema.update()

@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 
 import train_autoencoder
 import train_ldm
@@ -82,6 +82,13 @@ STAGE_TWO: dict[str, Any] = {
         "num_inference_steps": 2,
     },
 }
+ALIKE = (
+    (r"\d+", "N"),
+    (r"/(autoencoder|discriminator|loss|network|ema|optimizer|discriminator_optimizer|progress)\.", "/PART."),
+    (r"^tokenizer/.*", "tokenizer/FILE"),
+    (r"^\.export\.tmp/.*safetensors.*", ".export.tmp/WEIGHTS"),
+    (r"^\.export\.tmp/(?!WEIGHTS).*", ".export.tmp/FILE"),
+)
 MAINS: dict[str, Callable[[], None]] = {"one": train_autoencoder.main, "two": train_ldm.main}
 
 
@@ -100,10 +107,12 @@ class Points:
             self.act()
 
     def name(self, path: str | os.PathLike[str]) -> str:
-        """A path in the run folder, its numbers taken out."""
+        """A path in the run folder without what tells one of many like it from another: numbers, parts of a model."""
         text = os.fspath(path)
         inside = os.path.relpath(text, self.folder) if text.startswith(str(self.folder)) else "elsewhere"
-        return re.sub(r"\d+", "N", inside)
+        for pattern, name in ALIKE:
+            inside = re.sub(pattern, name, inside)
+        return inside
 
     def around(self, owner: Any, attribute: str, label: Callable[..., str]) -> None:
         """Makes a place before and after every call of a function."""
@@ -170,8 +179,8 @@ def write_config(stage: str, folder: Path, autoencoder: Path | None = None) -> P
 
 def train_here(stage: str, config: Path, *argv: str) -> int:
     """Trains in this very process and returns the exit code."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state() if state is not GradientState else state._shared_state.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     sys.argv = ["train", "--config", str(config), *argv]
     try:
         run_command(MAINS[stage])

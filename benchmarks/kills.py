@@ -1,6 +1,6 @@
 """SIGKILL at every named point of a training and at random instants; the weights must come out as if nothing happened.
 
-    python -m benchmarks.kills --kills 200
+    python -m benchmarks.kills --kills 400
 
 Both stages, one and two processes. A run is killed a few times, each time started again, and once it is finished the
 hashes of raw weights, average, discriminator and optimisers, and the exported files, are compared with an undisturbed
@@ -107,7 +107,7 @@ def label_turns(case: Case, draw: random.Random) -> list[tuple[int, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="how many in all; every fifth at a random instant")
+    parser.add_argument("--kills", type=int, default=400, help="in all; every fifth at a random instant")
     parser.add_argument("--chain", type=int, default=4, help="kills of one run before it is finished and compared")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

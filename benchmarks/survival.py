@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -56,9 +56,9 @@ SIGNALS = (
     ("one", "after the optimiser's step", 3),
     ("one", "after putting the average in place", 1),
     ("one", "before encoding", 1),
-    ("one", "before fsync of state/.tmp_step_N/optimizer.safetensors", 1),
+    ("one", "before fsync of state/.tmp_step_N/PART.safetensors", 2),
     ("one", "before rename to state/step_N", 2),
-    ("one", "before writing export/vae/diffusion_pytorch_model.safetensors", 1),
+    ("one", "before rename to export", 1),
     ("two", "before encoding", 3),
     ("two", "after the denoising loss", 4),
     ("two", "after writing metrics", 3),
@@ -175,10 +175,9 @@ def poisoned(stage: str, config: Path, patch: Patch) -> int:
 
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a state but the batch-norm statistics, which every forward pass moves, by file and name."""
+    """All tensors of a state, by file and name."""
     files = sorted((run / "state" / f"step_{step:06d}").glob("*.safetensors"))
-    tensors = {f"{f.stem}/{name}": value for f in files for name, value in load_file(f).items()}
-    return {name: value for name, value in tensors.items() if "running_" not in name and "num_batches" not in name}
+    return {f"{f.stem}/{name}": value for f in files for name, value in load_file(f).items()}
 
 
 def is_finite(value: torch.Tensor) -> bool:
@@ -215,10 +214,14 @@ def with_a_fault(stage: str, config: Path, name: str) -> int:
     return train_here(stage, config)
 
 
-def restarts(folder: Path, workers: tuple[int, ...] = (0, 2)) -> dict[str, int]:
+SETTINGS = tuple(product((0, 2), (1, 2), (0.9, 0.0)))
+"""Data-loading workers, micro-batches, and the average's decay, of which 0 is no average."""
+
+
+def restarts(folder: Path, settings: Sequence[tuple[int, int, float]] = SETTINGS) -> dict[str, int]:
     """Three epochs of 24 steps in one go and with a stop after every step: the same bits for every setting."""
     counts = {"settings": 0, "starts": 0, "equal": 0}
-    for count, accumulation, decay in product(workers, (1, 2), (0.9, 0.0)):
+    for count, accumulation, decay in settings:
         argv = ["--training.max_train_steps", "24", "--training.gradient_accumulation_steps", str(accumulation)]
         argv += ["--training.train_batch_size", str(4 // accumulation), "--training.ema_decay", str(decay)]
         argv += ["--data.dataloader_num_workers", str(count), "--data.max_train_samples", "32"]
@@ -280,8 +283,12 @@ def processes(folder: Path) -> dict[str, float]:
 
 
 def elastic(stage: str, run: Path, config: Path, count: int, first: int, last: int) -> None:
-    """Trains from step `first` to step `last` on `count` processes, with a global batch of 8."""
+    """Trains from step `first` to step `last` on `count` processes, with a global batch of 8.
+
+    Batch norm would see the rows of one process only, so the discriminator has group norm here.
+    """
     argv = ["--training.train_batch_size", str(8 // count), "--allow-config-change"]
+    argv += ["--discriminator.norm", "group"] if stage == "one" else []
     work = partial(noting_samples, run, stage, config, argv, last - first if last < STEPS else 0)
     with forked(lambda _: work(), count, run.with_suffix(".log")) as children:
         codes = exit_codes(children)
@@ -361,11 +368,11 @@ KINDS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("--workers", type=int, help="for restarts: only this number of data-loading workers")
+    parser.add_argument("--quick", action="store_true", help="for restarts: two settings of eight")
     args = parser.parse_args()
     measure, good = KINDS[args.kind]
-    if args.workers is not None:
-        measure = partial(restarts, workers=(args.workers,))
+    if args.quick:
+        measure = partial(restarts, settings=(SETTINGS[0], SETTINGS[-1]))
     settle()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:

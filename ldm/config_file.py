@@ -79,6 +79,13 @@ def differences(before: str, after: str) -> list[str]:
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
 
 
+def flat_settings(config: object) -> dict[str, bool | int | float | str | None]:
+    """Dotted keys and plain values of a config, as trackers take them; a list becomes its text."""
+    flat = _flat(draccus.cfgparsing.parse_string(dump_config(config)))
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flat.items()}
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}

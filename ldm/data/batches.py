@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -109,10 +111,22 @@ def collate(samples: list[dict[str, Any]]) -> PixelBatch:
     )
 
 
-def outlive_signals(worker: int) -> None:
-    """Leaves SIGTERM and Ctrl-C to the main process, which needs its workers to finish the step before it saves."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals_to_parent(worker: int) -> None:
+    """In a loading worker: only the main process may end it, which needs it to finish the step before it saves.
+
+    A terminal and a batch system signal every process of a job. SIGTERM is still obeyed when the parent sends it, which
+    is how it ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        continue
+    os._exit(0)
 
 
 def pixel_batches(
@@ -125,7 +139,7 @@ def pixel_batches(
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

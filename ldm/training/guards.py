@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from autoencoder import DiagonalGaussian, LatentStatistics
 
@@ -16,7 +17,7 @@ from autoencoder import DiagonalGaussian, LatentStatistics
 def named_batch(step: int, keys: Sequence[str], most: int = 32) -> str:
     """A step and the names of the samples it saw, for instance `step 7 (a.png, b.png)`; beyond `most` only a count."""
     rest = [f"{len(keys) - most} more"] if len(keys) > most else []
-    return f"step {step} ({', '.join([*keys[:most], *rest])})"
+    return f"step {step} ({', '.join([*keys[:most], *rest])})" if keys else f"step {step}"
 
 
 class UpdateGuard:
@@ -33,12 +34,12 @@ class UpdateGuard:
         self.losses: deque[float] = deque(maxlen=window)
         self.in_a_row, self.total = 0, 0
 
-    def refusal(self, loss: Tensor, norm: Tensor, where: str) -> str | None:
-        """Why the update must not happen, as one line; None when it may.
+    def refusal(self, loss: Tensor, norm: Tensor, step: int, keys: Sequence[str] = ()) -> str | None:
+        """Why the update must not happen, as one line; None when it may. Every process must call it.
 
         Args:
             loss, norm: the loss and the gradient's norm, scalars that are the same in every process.
-            where: the step and its samples, for the message.
+            keys: names of this process's samples in the step, where they are known; those of all are told.
 
         Raises:
             FloatingPointError: after `limit` refusals in a row, naming the last batch.
@@ -47,6 +48,7 @@ class UpdateGuard:
         if reason is None:
             self.in_a_row = 0
             return None
+        where = named_batch(step, gather_object(list(keys)))
         self.in_a_row += 1
         self.total += 1
         if self.in_a_row >= self.limit:
@@ -76,6 +78,24 @@ class UpdateGuard:
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         self.losses.clear()
         self.losses.extend(state.get("losses", []))
+
+
+class RunningStatistics:
+    """A network's buffers as the last update left them; a batch that is refused has already moved them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = list(module.buffers())
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        """Takes the present values as good."""
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self) -> None:
+        """Puts the kept values back."""
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            buffer.copy_(kept)
 
 
 class DiscriminatorWatch:

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, TrainingConfig
-from ldm.config_file import Launch, dump_config
+from ldm.config_file import Launch, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
@@ -41,7 +41,7 @@ def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision if on_gpu else "no",
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        log_with=trackers(training.report_to),
+        log_with=trackers(training.report_to) or None,
         project_config=ProjectConfiguration(folder, os.path.join(folder, "logs")),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -80,7 +80,8 @@ def trackers(report_to: str) -> list[str]:
 def open_run(accelerator: Accelerator, config: AutoencoderTraining | LdmTraining, launch: Launch) -> RunDir:
     """The run folder, locked and compared with the config, and its trackers; for a dry run a throw-away folder.
 
-    TensorBoard writes to `logs/`, and wandb keeps its own files there.
+    TensorBoard writes to `logs/`, and wandb keeps its own files there. The others are given the config, of which
+    TensorBoard would keep a copy for every start.
 
     Raises:
         ConfigError: the folder cannot be used, see `RunDir.prepare`.
@@ -91,8 +92,9 @@ def open_run(accelerator: Accelerator, config: AutoencoderTraining | LdmTraining
     if accelerator.is_main_process:
         run.prepare(dump_config(config), launch)
     accelerator.wait_for_everyone()
-    wandb = {"dir": str(run.logs), "name": run.folder.name}
-    accelerator.init_trackers(config.training.tracker_project_name, init_kwargs={"wandb": wandb})
+    training, wandb = config.training, {"dir": str(run.logs), "name": run.folder.name}
+    settings = None if training.report_to in ("none", "tensorboard") else flat_settings(config)
+    accelerator.init_trackers(training.tracker_project_name, settings, {"wandb": wandb})
     return run
 
 

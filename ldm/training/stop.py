@@ -47,12 +47,14 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a signal is only remembered."""
+        """Within the block a signal is only remembered; one that came too late for the loop to read ends it here."""
         self.deferring = True
         try:
             yield
         finally:
             self.deferring = False
+        if self.number:
+            self.leave()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm.training.guards import DiscriminatorWatch, PosteriorWatch, UpdateGuard, named_batch
+from ldm.training.guards import DiscriminatorWatch, PosteriorWatch, RunningStatistics, UpdateGuard, named_batch
 
 
 def test_a_batch_is_named_by_its_step_and_samples() -> None:
-    assert named_batch(7, ["a.png", "b.png"]) == "step 7 (a.png, b.png)"
+    assert named_batch(7, ["a.png", "b.png"]) == "step 7 (a.png, b.png)" and named_batch(7, []) == "step 7"
     assert named_batch(7, ["a", "b", "c", "d"], most=2) == "step 7 (a, b, 2 more)"
 
 
@@ -98,7 +98,7 @@ def test_living_channels_give_no_warning_and_nothing_gives_an_error() -> None:
 
 
 def refusals(guard: UpdateGuard, losses: list[float], norm: float = 1.0) -> list[bool]:
-    return [guard.refusal(torch.tensor(loss), torch.tensor(norm), "here") is not None for loss in losses]
+    return [guard.refusal(torch.tensor(loss), torch.tensor(norm), 0) is not None for loss in losses]
 
 
 def test_the_guard_skips_what_is_not_finite_and_counts() -> None:
@@ -112,10 +112,10 @@ def test_the_guard_skips_what_is_not_finite_and_counts() -> None:
 def test_the_guard_ends_the_run_after_its_limit_in_a_row() -> None:
     guard = UpdateGuard(limit=3)
     bad, one = torch.tensor(float("nan")), torch.tensor(1.0)
-    assert guard.refusal(bad, one, "step 1") == "step 1: a loss or gradient is not finite, no update"
-    assert guard.refusal(one, bad, "step 2") is not None
+    assert guard.refusal(bad, one, 1) == "step 1: a loss or gradient is not finite, no update"
+    assert guard.refusal(one, bad, 2) is not None
     with pytest.raises(FloatingPointError, match=r"3 updates in a row .* the last at step 3 \(a, b\): a loss or"):
-        guard.refusal(bad, one, "step 3 (a, b)")
+        guard.refusal(bad, one, 3, ["a", "b"])
 
 
 def test_a_spike_is_a_loss_far_above_the_last_ones() -> None:
@@ -125,7 +125,7 @@ def test_a_spike_is_a_loss_far_above_the_last_ones() -> None:
     guard.load_state_dict({"losses": [0.9, 1.1] * 4})
     assert refusals(guard, [1.29, -50.0]) == [False, False]
     guard.load_state_dict({"losses": [0.9, 1.1] * 4})
-    assert guard.refusal(torch.tensor(1.31), torch.tensor(1.0), "step 5") == (
+    assert guard.refusal(torch.tensor(1.31), torch.tensor(1.0), 5) == (
         "step 5: a loss of 1.31 above 1.3 is a spike, no update"
     )
     assert guard.state_dict()["losses"][-1] == pytest.approx(1.3)
@@ -157,3 +157,16 @@ def test_a_restored_guard_decides_as_the_old_one() -> None:
 def test_without_a_wish_no_loss_is_a_spike() -> None:
     guard = UpdateGuard()
     assert not any(refusals(guard, [1.0] * 300 + [1e30])) and guard.state_dict() == {"losses": []}
+
+
+def test_a_refused_batch_leaves_no_trace_in_batch_norm() -> None:
+    norm = nn.BatchNorm2d(2)
+    kept = RunningStatistics(norm)
+    norm(torch.rand(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    kept.keep()
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    norm(torch.full((4, 2, 3, 3), float("nan")))
+    assert norm.running_mean is not None and norm.running_mean.isnan().all()
+    kept.restore()
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 1

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 
-from ldm.config import ConfigError, TrainingConfig
+from ldm.config import AutoencoderTraining, ConfigError, TrainingConfig
+from ldm.config_file import Launch
 from ldm.training import launch, log
 from ldm.training.log import TimestepLosses, TrainingLog, forget_after
 
@@ -117,6 +118,7 @@ class Notebook(GeneralTracker):
     requires_logging_directory = False
     rows: ClassVar[list[tuple[int, dict[str, float]]]] = []
     images: ClassVar[list[str]] = []
+    settings: ClassVar[dict[str, object]] = {}
 
     @on_main_process
     def __init__(self, run_name: str, **_: object) -> None:
@@ -128,7 +130,8 @@ class Notebook(GeneralTracker):
         return self
 
     @on_main_process
-    def store_init_configuration(self, values: dict[str, object]) -> None: ...
+    def store_init_configuration(self, values: dict[str, object]) -> None:
+        self.settings.update(values)
 
     @on_main_process
     def log(self, values: dict[str, float], step: int, **_: object) -> None:
@@ -150,10 +153,11 @@ def test_every_tracker_of_accelerate_gets_the_rows_and_pictures(
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, log_with=launch.trackers("trackio"), project_dir=str(tmp_path))
-    accelerator.init_trackers("ldm")
-    told = TrainingLog(accelerator, tmp_path, 0, 1, 1, quiet=True)
+    config = AutoencoderTraining(str(tmp_path / "run"), training=TrainingConfig(report_to="trackio"))
+    run = launch.open_run(accelerator, config, Launch("auto", False, False))
+    told = TrainingLog(accelerator, run.folder, 0, 1, 1, quiet=True)
     told.write(1, {"loss": 0.5})
     launch.tracker_image(accelerator, "samples", Image.new("RGB", (4, 4)), 1)
     assert Notebook.rows == [(1, {"loss": 0.5})] and Notebook.images == ["samples"]
-    assert accelerator.trackers[0].run_name == "ldm"
+    assert accelerator.trackers[0].run_name == "ldm" and Notebook.settings["training.train_batch_size"] == 16
     AcceleratorState._reset_state(reset_partial_state=True)

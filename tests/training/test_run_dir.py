@@ -232,7 +232,7 @@ def test_a_changed_config_is_refused_with_the_list(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-S", "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -245,11 +245,12 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
 
 
 def test_the_lock_lasts_as_long_as_the_run(tmp_path: Path) -> None:
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-S", "-c", take, str(tmp_path / ".lock")]
     first = run_in(tmp_path)
-    with pytest.raises(ConfigError, match="another training process"):
-        RunDir(tmp_path).prepare(CONFIG, AUTO)
+    assert b"BlockingIOError" in subprocess.run(command, stderr=subprocess.PIPE).stderr
     del first
-    RunDir(tmp_path).prepare(CONFIG, AUTO)
+    assert subprocess.run(command).returncode == 0
 
 
 def test_resume_never_refuses_a_used_folder_only(tmp_path: Path) -> None:
