@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 from conditioning import canonical_state_dict
-from ldm.interop.tensors import ModelError, read_json, read_weights, weight_shapes, write_json, write_weights
+from ldm.interop.tensors import ModelError, read_json, read_weights, write_json, write_weights
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -89,11 +89,6 @@ def read_folder(folder: Path, variant: str | None = None, allow_pickle: bool = F
         read_json(settings) if settings.exists() else {},
         card.read_text(encoding="utf-8") if card.exists() else "",
     )
-
-
-def folder_shapes(folder: Path, name: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a part's tensors, from the headers of its files."""
-    return weight_shapes(folder / name, STEMS[name], variant)
 
 
 def read_part(folder: Path, name: str, variant: str | None = None, allow_pickle: bool = False) -> Part:
