@@ -55,7 +55,7 @@ def parsed(part: Part, name: str) -> Any:
 def layers(config: UNetConfig | AutoencoderConfig | ClipTextConfig) -> int:
     """How many layers a config asks for, counted before any is built."""
     if isinstance(config, UNetConfig):
-        return sum(level.layers * (1 + level.depth) for level in config.down_levels())
+        return sum(level.layers * (1 + level.depth) for level in config.down_levels()) + config.mid_level().depth
     if isinstance(config, AutoencoderConfig):
         return config.layers_per_block * len(config.block_out_channels)
     return config.num_hidden_layers
