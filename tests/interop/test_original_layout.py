@@ -258,7 +258,11 @@ def test_v_prediction_of_a_file_of_others_is_noticed(
         },
     )  # fmt: skip
     if by == "yaml":
-        checkpoint = sibling("sd2", vae={"block_out_channels": (32, 32, 32, 64)})
+        checkpoint = sibling(
+            "sd2",
+            unet={"block_out_channels": (64, 64, 64), "attention_head_dim": 1},
+            vae={"block_out_channels": (32, 32, 32, 64)},
+        )
     bias = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
     if by == "spread":
         changed = {**checkpoint.parts["unet"].state, bias: torch.linspace(-1, 1, 64)}
