@@ -46,10 +46,14 @@ def explained(source: Path, function: Callable[..., Value], *values: Any) -> Val
 def parsed(part: Part, name: str) -> Any:
     """The typed config of a part. Raises ModelError for one that is wrong, or asks for more layers than tensors."""
     config = explained(part.config_source, PARSERS[name], part.config)
-    deep = explained(part.config_source, layers, config)
+    explained(part.config_source, _refuse_deep, config, part)
+    return config
+
+
+def _refuse_deep(config: Any, part: Part) -> None:
+    deep = layers(config)
     if deep > len(part.state):
         raise ModelError(f"{part.config_source} names {deep} layers, but {part.source} holds {len(part.state)} tensors")
-    return config
 
 
 def layers(config: UNetConfig | AutoencoderConfig | ClipTextConfig) -> int:
