@@ -7,7 +7,7 @@ InvokeAI's probes. A reason is a sentence about the model; a tool opens what it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoencoder import AutoencoderConfig
@@ -135,7 +135,7 @@ def _comfyui(model: Description) -> Verdict:
     checks = [
         *_whole(model),
         *_original(model),
-        *(_comfy_sdxl(model.unet) if model.layout == "sdxl" else _comfy_sd(model)),
+        *(_comfy_sdxl(model) if model.layout == "sdxl" else _comfy_sd(model)),
         *_towers(model),
         *_vae(model),
     ]
@@ -194,15 +194,14 @@ def _attends_in_block_11(unet: UNetConfig) -> bool:
     return len(depths) > 11 and depths[11] > 0
 
 
-def _comfy_sdxl(unet: UNetConfig) -> Checks:
-    known = is_unet(unet, "sdxl")
-    depths = unet.transformer_layers_per_block
-    similar = any(is_unet(_with_depths(unet), "sdxl") and depths == known_depths for known_depths in SDXL_DEPTHS)
-    return [(known or similar, "it has two text encoders, but its U-Net is not SDXL's")]
-
-
-def _with_depths(unet: UNetConfig) -> UNetConfig:
-    return UNetConfig.from_dict({**unet.to_dict(), "transformer_layers_per_block": list(SDXL_DEPTHS[0])})
+def _comfy_sdxl(model: Description) -> Checks:
+    unet, betas = model.unet, replace(model.diffusion, rescale_betas_zero_snr=False)  # for that the file has a mark
+    known = unet.transformer_layers_per_block in SDXL_DEPTHS
+    published = replace(unet, transformer_layers_per_block=SDXL_DEPTHS[0]) if known else unet
+    return [
+        (is_unet(published, "sdxl"), "it has two text encoders, but its U-Net is not SDXL's"),
+        (is_process(betas), "its noise schedule is not Stable Diffusion's"),
+    ]
 
 
 def _towers(model: Description) -> Checks:
