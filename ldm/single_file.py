@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import fold_into_convolutions
-from ldm.interop.checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Part
+from ldm.interop.checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Part, require_clip
 from ldm.interop.clip_vocabulary import clip_tokenizer_files
 from ldm.interop.families import SCALES, is_process, is_unet, is_vae, layout_of
 from ldm.interop.infer import (
@@ -72,8 +72,9 @@ def write_single_file(checkpoint: Checkpoint, path: Path, to: torch.dtype | None
         the files written.
 
     Raises:
-        ModelError: the original layout has no place for a part of this model.
+        ModelError: the original layout has no place for a part of this model, or a text encoder is not CLIP's.
     """
+    require_clip(checkpoint)
     layout = layout_of({name: part.config for name, part in checkpoint.parts.items() if name in TOKENIZERS})
     folded = dataclasses.replace(
         checkpoint, parts={**checkpoint.parts, "vae": folded_vae(checkpoint.parts["vae"], layout)}

@@ -152,12 +152,13 @@ def _has_clip_vocabulary(files: Mapping[str, str], path: Path) -> bool:
 
 def _damage(checkpoint: Checkpoint) -> str | None:
     """The first sentence about tensors that are missing, left over or of another shape than the config says."""
+    from ldm.interop.checkpoint import is_clip
     from ldm.interop.networks import check_part
     from ldm.interop.tensors import ModelError
 
     try:
         for name, part in checkpoint.parts.items():
-            if part.config.get("model_type", "clip_text_model") in ("clip_text_model", "clip"):
+            if is_clip(part.config):
                 check_part(part, name)
     except ModelError as error:
         return str(error)

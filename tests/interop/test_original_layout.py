@@ -166,6 +166,16 @@ def test_what_has_no_place_in_the_original_layout_is_named(sibling: Sibling, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_text_encoder_is_not_taken_for_clip(sibling: Sibling, tmp_path: Path) -> None:
+    checkpoint = sibling("sd1")
+    t5 = replace(checkpoint.parts["text_encoder"], config={"model_type": "t5", "d_model": 64})
+    other = replace(checkpoint, parts={**checkpoint.parts, "text_encoder": t5})
+    for write, target in ((write_single_file, "x.safetensors"), (write_folder, "x")):
+        with pytest.raises(ModelError, match="model_type is 't5'; only CLIP text encoders are converted"):
+            write(other, tmp_path / target)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- whole files
 
 
