@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from autoencoder import LatentCodec
 from conditioning import Conditioning
@@ -48,13 +49,23 @@ class TextToImage:
         name: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        allow_pickle: bool = False,
     ) -> TextToImage:
-        """Reads a model folder or hub id; None is the bundled model.
+        """Reads a model folder, a single file in the original layout or a hub id; None is the bundled model.
+
+        Args:
+            revision: branch, tag or commit of a hub id.
+            variant: which weight files to read, such as "fp16".
+            allow_pickle: read the tensors of .ckpt, .bin and .pt files too.
 
         Raises:
             ModelError: one sentence naming the file and the key at fault.
         """
-        return cls(read_model(BUNDLED if name is None else name), device, dtype)
+        model = read_model(BUNDLED if name is None else name, revision, variant, allow_pickle)
+        return cls(model, device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Writes the model folder in the diffusers pipeline layout, its weights in `dtype`."""
@@ -97,7 +108,7 @@ class TextToImage:
             latents: initial noise [N, C, h, w], N(0, I), instead of drawn noise.
             batch_size: pictures at once; changes speed and memory only.
             init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
-            mask: with `init_image`, white where to draw anew, black where to keep it.
+            mask: with `init_image`, white where to draw anew, black where to keep it; a grey is one of the two.
             callback: called in every sampling step, see `ldm.sampling`.
             progress: called with the number of pictures just finished.
 
@@ -114,8 +125,11 @@ class TextToImage:
         visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
         draw = named_sampler(self.setting("sampler", sampler))
         scale = float(self.setting("guidance_scale", guidance_scale))
-        start = None if init_image is None else self._encode(init_image, shape)
+        start = None if init_image is None else self._encode(self._pixels(init_image, shape))
         keep = None if mask is None else self._keep_mask(mask, shape, start)
+        channels = self._inpainting_channels(init_image, mask, shape)
+        if channels is not None:  # the network sees what to keep, and from strength 1 on nothing of the rest
+            start, keep = start if strength < 1 else None, None
         if latents is not None and latents.shape != (len(texts), *shape):
             raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[len(texts), *shape]}")
         images: list[Image.Image] = []
@@ -124,7 +138,7 @@ class TextToImage:
             rng = [_generator(seed + row) for row in rows]
             noise = randn_rows((len(rows), *shape), rng) if latents is None else latents[first : first + len(rows)]
             x = self._start(noise.to(self.device, torch.float32), start, visited)
-            denoise = self._denoiser([texts[row] for row in rows], negative_prompt or "", scale)
+            denoise = self._denoiser([texts[row] for row in rows], negative_prompt or "", scale, channels)
             if keep is not None and start is not None:
                 denoise = self._inpainting(denoise, start, keep)
             z = draw(denoise, x, self.schedule, visited, rng, callback)
@@ -151,12 +165,12 @@ class TextToImage:
             "damaged or, in half precision, its values too large: try dtype float32"
         )
 
-    def _denoiser(self, texts: Sequence[str], negative: str, scale: float) -> Denoiser:
+    def _denoiser(self, texts: Sequence[str], negative: str, scale: float, channels: Tensor | None = None) -> Denoiser:
         encoder = self.model.text_encoder
         condition = Conditioning.cat([encoder.encode(encoder.tokenize([text])) for text in texts])
         unconditional = encoder.encode(encoder.tokenize([negative])).repeat_interleave(len(texts))
         return guided_denoiser(
-            self._network,
+            self._network if channels is None else with_channels(self._network, channels),
             self.schedule,
             self.model.diffusion.prediction_type,
             self._kwargs(condition),
@@ -198,7 +212,7 @@ class TextToImage:
         visited = spaced_timesteps(
             steps, diffusion.num_train_timesteps, diffusion.timestep_spacing, diffusion.steps_offset
         )
-        return visited[len(visited) - max(1, round(steps * strength)) :]
+        return visited[len(visited) - max(1, int(steps * strength)) :]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         # every downsampling of the U-Net halves the latent once more
@@ -210,17 +224,45 @@ class TextToImage:
                 raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple} for this model")
         return self.model.vae.config.latent_channels, sides[0] // factor, sides[1] // factor
 
-    def _encode(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    def _pixels(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
         factor = self.model.vae.downsample_factor
         fitted = fit(to_rgb(image), shape[2] * factor, shape[1] * factor)
-        return self.codec.encode(to_tensor(fitted)[None].to(self.device)).float()
+        return to_tensor(fitted)[None].to(self.device)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.codec.encode(pixels).float()
+
+    def _redrawn(self, mask: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+        """1 where to draw anew, else 0, [1, 1, H, W] in pixels."""
+        factor = self.model.vae.downsample_factor
+        sized = mask.convert("L").resize((shape[2] * factor, shape[1] * factor), Image.Resampling.LANCZOS)
+        return (to_tensor(sized.convert("RGB"))[None, :1] >= 0).float().to(self.device)
 
     def _keep_mask(self, mask: Image.Image, shape: tuple[int, int, int], start: Tensor | None) -> Tensor:
         if start is None:
             raise ValueError("mask needs init_image, the picture whose black part is kept")
-        small = mask.convert("L").resize((shape[2], shape[1]), Image.Resampling.BOX)
-        redraw = (to_tensor(small.convert("RGB"))[:1] + 1) / 2
-        return 1 - redraw[None].to(self.device)
+        return 1 - interpolate(self._redrawn(mask, shape), shape[1:])
+
+    def _inpainting_channels(
+        self, image: Image.Image | None, mask: Image.Image | None, shape: tuple[int, int, int]
+    ) -> Tensor | None:
+        """Mask and masked picture's latents [1, C + 1, h, w] of a U-Net with so many more channels, else None."""
+        if self.model.unet.config.in_channels == shape[0]:
+            return None
+        if image is None or mask is None:
+            raise ValueError("this model redraws a part of a picture: it needs init_image and mask")
+        redrawn = self._redrawn(mask, shape)
+        seen = self._encode(self._pixels(image, shape) * (1 - redrawn))
+        return torch.cat([interpolate(redrawn, shape[1:]), seen], dim=1)
+
+
+def with_channels(net: Network, channels: Tensor) -> Network:
+    """The same network with further input channels [1, C, h, w] behind those of x."""
+
+    def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
+        return net(torch.cat([x, channels.to(x).expand(len(x), -1, -1, -1)], dim=1), t, **condition)
+
+    return run
 
 
 def in_chunks(net: Network, rows: int) -> Network:

@@ -23,6 +23,8 @@ from ldm.single_file import read_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
 SETTING_KINDS = {"sampler": str, "num_inference_steps": int, "guidance_scale": float}
+MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 4096
+"""Beyond these a config is damaged, and what it asks for would not fit into memory."""
 HUB_WEIGHTS = ("diffusion_pytorch_model", "*/diffusion_pytorch_model", "model", "text_encoder*/model")
 """Weight files of a hub repository that are downloaded, whole or in shards; copies as a single file are not."""
 
@@ -196,6 +198,12 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def _check_fit(model: Model, path: Path) -> None:
+    if model.diffusion.num_train_timesteps > MAX_TIMESTEPS:
+        steps = model.diffusion.num_train_timesteps
+        raise ModelError(f"{path}: num_train_timesteps is {steps}; a schedule may have {MAX_TIMESTEPS} entries")
+    if (model.unet.config.sample_size or 0) > MAX_SAMPLE_SIZE:
+        side = model.unet.config.sample_size
+        raise ModelError(f"{_unet_config(path)}: sample_size is {side}; it may be {MAX_SAMPLE_SIZE} at most")
     channels, width = model.vae.config.latent_channels, model.text_encoder.model.config.hidden_size
     unet = model.unet.config
     latents, text = "vae's latent_channels", "text_encoder's hidden_size"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import fold_into_convolutions
-from ldm.interop.checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Part
+from ldm.interop.checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, Part, require_clip
 from ldm.interop.clip_vocabulary import clip_tokenizer_files
 from ldm.interop.families import SCALES, is_process, is_unet, is_vae, layout_of
 from ldm.interop.infer import (
@@ -30,7 +30,7 @@ from ldm.interop.infer import (
 )
 from ldm.interop.layout import LAYOUTS
 from ldm.interop.networks import build_vae, explained, parsed
-from ldm.interop.tensors import ModelError, read_metadata, read_shapes, read_tensors, write_hashed
+from ldm.interop.tensors import ModelError, read_metadata, read_tensors, write_hashed
 from ldm.interop.webui import webui_config
 from ldm.process import DiffusionConfig
 
@@ -72,8 +72,9 @@ def write_single_file(checkpoint: Checkpoint, path: Path, to: torch.dtype | None
         the files written.
 
     Raises:
-        ModelError: the original layout has no place for a part of this model.
+        ModelError: the original layout has no place for a part of this model, or a text encoder is not CLIP's.
     """
+    require_clip(checkpoint)
     layout = layout_of({name: part.config for name, part in checkpoint.parts.items() if name in TOKENIZERS})
     folded = dataclasses.replace(
         checkpoint, parts={**checkpoint.parts, "vae": folded_vae(checkpoint.parts["vae"], layout)}
@@ -192,16 +193,6 @@ def read_single_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
     scheduler = configs["scheduler"] or _inferred_scheduler(state, metadata, layout, path)
     tokenizers = configs["tokenizers"] or _tokenizers_of_others(layout, path)
     return Checkpoint(parts, scheduler, tokenizers, configs["settings"], configs["card"])
-
-
-def read_file_configs(path: Path) -> tuple[str, dict[str, Any]]:
-    """Layout and configs (`Checkpoint.configs`) of a single file, from its header alone.
-
-    The scheduler is empty where the file does not say it. Raises ModelError as `read_single_file`.
-    """
-    shapes, metadata = read_shapes(path), read_metadata(path)
-    layout = detect_layout(shapes, path)
-    return layout, stored_configs(metadata, path) or _inferred_configs(shapes, layout, path)
 
 
 def detect_layout(shapes: Shapes, path: Path) -> str:

@@ -35,6 +35,8 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "negative_prompt": (str, type(None)),
     "model": (str, type(None)),
+    "revision": (str, type(None)),
+    "variant": (str, type(None)),
     "dtype": (str, type(None)),
     "steps": (int,),
     "guidance_scale": (int, float),
@@ -54,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", "-p", action="append", default=[], help="what to draw; may be given several times")
     p.add_argument("--prompts-file", "--from-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--negative-prompt", "-n", default=None, help="what to stay away from")
-    p.add_argument("--model", "-m", default=None, help="model folder or hub id (default: the bundled model)")
+    p.add_argument("--model", "-m", default=None, help="model folder, single file or hub id")
+    p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
+    p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
     p.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     p.add_argument("--steps", "--num-inference-steps", type=int, default=None)
     p.add_argument("--guidance-scale", "--cfg-scale", type=float, default=None)
@@ -135,7 +140,14 @@ def _load(args: argparse.Namespace) -> TextToImage:
     from ldm.pipeline import TextToImage
 
     placed = usable_device(args.device)
-    return TextToImage.from_pretrained(args.model, placed, getattr(torch, args.dtype) if args.dtype else None)
+    return TextToImage.from_pretrained(
+        args.model,
+        placed,
+        getattr(torch, args.dtype) if args.dtype else None,
+        revision=args.revision,
+        variant=args.variant,
+        allow_pickle=args.allow_pickle,
+    )
 
 
 def _draw(
@@ -190,6 +202,8 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "negative_prompt": args.negative_prompt,
         "model": args.model,
+        "revision": args.revision,
+        "variant": args.variant,
         "dtype": args.dtype,
         "steps": pipe.setting("num_inference_steps", args.steps),
         "guidance_scale": pipe.setting("guidance_scale", args.guidance_scale),

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 from conditioning import canonical_state_dict
-from ldm.interop.tensors import ModelError, read_json, read_weights, weight_shapes, write_json, write_weights
+from ldm.interop.tensors import ModelError, read_json, read_weights, write_json, write_weights
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -23,6 +23,8 @@ STEMS = {
 """Names of the weight files of a pipeline folder's parts, which diffusers and transformers chose differently."""
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CLIP_TYPES = ("clip_text_model", "clip")
+"""`model_type` of the text encoders that both layouts have a place for."""
 DIFFUSERS_VERSION = "0.30.0"
 
 
@@ -91,11 +93,6 @@ def read_folder(folder: Path, variant: str | None = None, allow_pickle: bool = F
     )
 
 
-def folder_shapes(folder: Path, name: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a part's tensors, from the headers of its files."""
-    return weight_shapes(folder / name, STEMS[name], variant)
-
-
 def read_part(folder: Path, name: str, variant: str | None = None, allow_pickle: bool = False) -> Part:
     """The part `name` of `STEMS` from its own folder. Raises ModelError as `read_folder`."""
     config = read_json(folder / "config.json")
@@ -126,7 +123,11 @@ def write_folder(
         to: of the stored weights; None leaves them as they are.
         variant: goes into the names of the weight files, such as "fp16".
         max_shard_size: splits larger weight files, such as "2GB".
+
+    Raises:
+        ModelError: a text encoder is not CLIP's.
     """
+    require_clip(checkpoint)
     temporary = _temporary(folder)
     for name, part in checkpoint.parts.items():
         state = {key: value if to is None else value.to(to) for key, value in part.state.items()}
@@ -143,6 +144,20 @@ def write_folder(
     write_json(temporary / "ldm.json", checkpoint.settings)
     (temporary / "README.md").write_text(checkpoint.card, encoding="utf-8")
     replace_folder(temporary, folder)
+
+
+def is_clip(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a CLIP text tower; the oldest files do not say."""
+    return config.get("model_type", CLIP_TYPES[0]) in CLIP_TYPES
+
+
+def require_clip(checkpoint: Checkpoint) -> None:
+    """Raises ModelError for a model with another text encoder: its tensors and vocabulary would be taken for CLIP's."""
+    for name in TOKENIZERS.keys() & checkpoint.parts.keys():
+        part = checkpoint.parts[name]
+        if not is_clip(part.config):
+            kind = part.config["model_type"]
+            raise ModelError(f"{part.config_source}: model_type is {kind!r}; only CLIP text encoders are converted")
 
 
 def model_index(in_channels: int, scheduler: Mapping[str, Any], double: bool = False) -> dict[str, Any]:

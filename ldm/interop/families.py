@@ -8,6 +8,7 @@ from typing import Any
 
 from autoencoder import AutoencoderConfig
 from conditioning import ClipTextConfig
+from ldm.interop.checkpoint import is_clip
 from ldm.networks.config import UNetConfig
 from ldm.process import DiffusionConfig
 
@@ -83,7 +84,7 @@ def is_vae(vae: AutoencoderConfig) -> bool:
 
 def is_tower(config: Mapping[str, Any], known: ClipTextConfig) -> bool:
     """Whether a text config.json describes the known tower; ids and projection do not count."""
-    if config.get("model_type") not in (None, "clip_text_model", "clip"):
+    if not is_clip(config):
         return False
     tower = ClipTextConfig.from_dict(config)
     free = ("projection_dim", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from autoencoder import AutoencoderConfig, AutoencoderKL
 from autoencoder.model import current_key
 from conditioning import ClipTextConfig, ClipTextModel, ClipTokenizer
 from ldm.interop.checkpoint import Part
-from ldm.interop.tensors import ModelError, load_strictly
+from ldm.interop.tensors import ModelError, check_state, load_strictly
 from ldm.networks import UNet
 from ldm.networks.config import UNetConfig
 
@@ -45,16 +46,20 @@ def explained(source: Path, function: Callable[..., Value], *values: Any) -> Val
 def parsed(part: Part, name: str) -> Any:
     """The typed config of a part. Raises ModelError for one that is wrong, or asks for more layers than tensors."""
     config = explained(part.config_source, PARSERS[name], part.config)
-    deep = explained(part.config_source, layers, config)
+    explained(part.config_source, _refuse_deep, config, part)
+    return config
+
+
+def _refuse_deep(config: Any, part: Part) -> None:
+    deep = layers(config)
     if deep > len(part.state):
         raise ModelError(f"{part.config_source} names {deep} layers, but {part.source} holds {len(part.state)} tensors")
-    return config
 
 
 def layers(config: UNetConfig | AutoencoderConfig | ClipTextConfig) -> int:
     """How many layers a config asks for, counted before any is built."""
     if isinstance(config, UNetConfig):
-        return sum(level.layers * (1 + level.depth) for level in config.down_levels())
+        return sum(level.layers * (1 + level.depth) for level in config.down_levels()) + config.mid_level().depth
     if isinstance(config, AutoencoderConfig):
         return config.layers_per_block * len(config.block_out_channels)
     return config.num_hidden_layers
@@ -68,13 +73,23 @@ def build_unet(part: Part) -> UNet:
 def build_vae(part: Part) -> AutoencoderKL:
     """The autoencoder of a checkpoint, in float32 and eval mode; old names of its attention are understood."""
     current = {current_key(key): value for key, value in part.state.items()}
-    return _built(AutoencoderKL, parsed(part, "vae"), Part(part.config, current, part.source, part.config_source))
+    return _built(AutoencoderKL, parsed(part, "vae"), replace(part, state=current))
 
 
 def build_text_model(part: Part) -> ClipTextModel:
     """A text tower of a checkpoint, in float32 and eval mode, with its projection where it has one."""
     projects = "text_projection.weight" in part.state
     return _built(lambda config: ClipTextModel(config, projects), parsed(part, "text_encoder"), part)
+
+
+def check_part(part: Part, name: str) -> None:
+    """Raises ModelError unless the part's tensors are those that its config asks for; nothing is computed."""
+    projects = "text_projection.weight" in part.state
+    networks: Mapping[str, Callable[[Any], nn.Module]] = {"unet": UNet, "vae": AutoencoderKL}
+    network = networks.get(name, lambda config: ClipTextModel(config, projects))
+    expected = explained(part.config_source, on_meta, network, parsed(part, name)).state_dict()
+    state = {current_key(key): value for key, value in part.state.items()} if name == "vae" else part.state
+    check_state(part.source, state, expected)
 
 
 def build_tokenizer(files: Mapping[str, str], source: Path) -> ClipTokenizer:
@@ -85,11 +100,13 @@ def build_tokenizer(files: Mapping[str, str], source: Path) -> ClipTokenizer:
         return explained(source, ClipTokenizer.from_pretrained, folder)
 
 
-def _built(network: Callable[[Any], Network], config: Any, part: Part) -> Network:
-    def on_meta() -> Network:
-        with torch.device("meta"):
-            return network(config)
+def on_meta(network: Callable[[Any], Network], config: Any) -> Network:
+    """A network without memory, for weights to come."""
+    with torch.device("meta"):
+        return network(config)
 
-    module = explained(part.config_source, on_meta)
+
+def _built(network: Callable[[Any], Network], config: Any, part: Part) -> Network:
+    module: Network = explained(part.config_source, on_meta, network, config)
     load_strictly(module, part.state, part.source)
     return module.eval()

@@ -59,12 +59,6 @@ def read_tensors(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
     return _opened(path, lambda file, key: file.get_tensor(key))
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the header of a safetensors file; no tensor is read. Raises as `read_tensors`."""
-    _refuse_pickle(path)
-    return _opened(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """The text that a safetensors file carries in its header. Raises as `read_tensors`."""
     _refuse_pickle(path)
@@ -102,7 +96,8 @@ def read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle makes torch raise
-        raise ModelError(f"{path} is not a pickle of tensors: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} is not a pickle of tensors: {reason}") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -143,18 +138,6 @@ def read_weights(
     for pickled in (folder / f"{base}.bin" for base in (stem, "pytorch_model")):
         if pickled.is_file():
             return read_pickle(pickled, allow_pickle), pickled
-    raise ModelError(f"{folder} lacks {stem}.safetensors{_other_variants(folder, stem)}")
-
-
-def weight_shapes(folder: Path, stem: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a part's tensors, from the headers of its files. Raises as `read_weights`."""
-    for name in ([variant] if variant else []) + [None]:
-        whole, index = (folder / part for part in _file_names(stem, name))
-        if index.is_file():
-            files = sorted(set(_weight_map(index).values()))
-            return {key: shape for file in files for key, shape in read_shapes(index.parent / file).items()}
-        if whole.is_file():
-            return read_shapes(whole)
     raise ModelError(f"{folder} lacks {stem}.safetensors{_other_variants(folder, stem)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ SDXL = replace(
     SD2,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 3),
+    transformer_layers_per_block=(1, 1, 2),
+    layers_per_block=1,
     cross_attention_dim=3 * WIDTH,
     addition_embed_type="text_time",
     addition_time_embed_dim=8,
@@ -78,16 +80,22 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def sibling(vocabulary: dict[str, str]) -> Callable[..., Checkpoint]:
-    """sibling("sd1" | "sd2" | "sdxl", unet={...}, vae={...}): random weights; the keyword arguments change configs."""
-    words = len(vocabulary["vocab.json"].split(","))
+    """sibling("sd1" | "sd2" | "sdxl", unet={...}, vae={...}): random weights, which are shared: do not change them."""
+    words = len(json.loads(vocabulary["vocab.json"]))
+    built: dict[Any, Checkpoint] = {}
 
-    def build(
-        family: str, unet: dict[str, Any] | None = None, vae: dict[str, Any] | None = None, seed: int = 0
-    ) -> Checkpoint:
-        torch.manual_seed(seed)
+    def sibling(family: str, unet: dict[str, Any] | None = None, vae: dict[str, Any] | None = None) -> Checkpoint:
+        unet, vae = unet or {}, vae or {}
+        key = family, *unet.items(), *vae.items()
+        if key not in built:
+            built[key] = build(family, unet, vae)
+        return built[key]
+
+    def build(family: str, unet: dict[str, Any], vae: dict[str, Any]) -> Checkpoint:
+        torch.manual_seed(0)
         unet_config, vae_config = (
-            replace(UNETS[family], **unet or {}),
-            replace(VAE, down_block_types=(), up_block_types=(), **vae or {}),
+            replace(UNETS[family], **unet),
+            replace(VAE, down_block_types=(), up_block_types=(), **vae),
         )
         if family == "sdxl" and not vae:
             vae_config = replace(vae_config, scaling_factor=0.13025)
@@ -110,7 +118,7 @@ def sibling(vocabulary: dict[str, str]) -> Callable[..., Checkpoint]:
         diffusion = V_TRAILING if family == "sd2" else DiffusionConfig()
         return Checkpoint(parts, diffusion.to_dict(), tokenizers, {"num_inference_steps": 5}, "# Tiny\n")
 
-    return build
+    return sibling
 
 
 @pytest.fixture

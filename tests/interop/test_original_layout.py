@@ -116,9 +116,9 @@ def test_diffusers_converts_our_unet_and_autoencoder_to_the_same_tensors(sibling
 @pytest.mark.parametrize(("family", "name"), [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
 def test_diffusers_converts_our_open_clip_tower_to_the_same_tensors(sibling: Sibling, family: str, name: str) -> None:
     part = sibling(family).parts[name]
-    config = transformers.CLIPTextConfig.from_dict(dict(part.config))
+    config, width = transformers.CLIPTextConfig.from_dict(dict(part.config)), part.config["hidden_size"]
     original = layout.open_clip_to_original(part.state, ClipTextConfig.from_dict(part.config))
-    assert original["transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * 64, 64)
+    assert original["transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * width, width)
     prefixed = {f"tower.{key}": value for key, value in original.items()}
     theirs = convert_open_clip_checkpoint(transformers.CLIPTextModel(config), prefixed, prefix="tower.")
     assert_equal(theirs, part.state)
@@ -163,6 +163,16 @@ def test_what_has_no_place_in_the_original_layout_is_named(sibling: Sibling, tmp
         write_single_file(sibling("sd1", unet={"mid_block_type": "UNetMidBlock2D"}), tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"the key `time_embedding.cond_proj.weight` has no place"):
         write_single_file(sibling("sd1", unet={"time_cond_proj_dim": 5}), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_text_encoder_is_not_taken_for_clip(sibling: Sibling, tmp_path: Path) -> None:
+    checkpoint = sibling("sd1")
+    t5 = replace(checkpoint.parts["text_encoder"], config={"model_type": "t5", "d_model": 64})
+    other = replace(checkpoint, parts={**checkpoint.parts, "text_encoder": t5})
+    for write, target in ((write_single_file, "x.safetensors"), (write_folder, "x")):
+        with pytest.raises(ModelError, match="model_type is 't5'; only CLIP text encoders are converted"):
+            write(other, tmp_path / target)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,9 +267,17 @@ def test_v_prediction_of_a_file_of_others_is_noticed(
             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         },
     )  # fmt: skip
+    if by == "yaml":
+        checkpoint = sibling(
+            "sd2",
+            unet={"block_out_channels": (64, 64, 64), "attention_head_dim": 1},
+            vae={"block_out_channels": (32, 32, 32, 64)},
+        )
     bias = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
     if by == "spread":
-        checkpoint.parts["unet"].state[bias].copy_(torch.linspace(-1, 1, 64))  # type: ignore[index]
+        changed = {**checkpoint.parts["unet"].state, bias: torch.linspace(-1, 1, 64)}
+        unet = replace(checkpoint.parts["unet"], state=changed)
+        checkpoint = replace(checkpoint, parts={**checkpoint.parts, "unet": unet})
     path = tmp_path / "x.safetensors"
     write_single_file(checkpoint, path)
     if by != "yaml":
