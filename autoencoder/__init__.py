@@ -28,6 +28,7 @@ from autoencoder.losses import (
 )
 from autoencoder.model import AutoencoderKL, Reconstruction
 from autoencoder.perceptual import LPIPS, EfficientNetFeatureDistance, PerceptualLoss
+from autoencoder.strips import strip_decode
 from autoencoder.tiling import sliced_decode, tiled_decode, tiled_encode
 from autoencoder.vq import CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
 
@@ -65,6 +66,7 @@ __all__ = [
     "r1_penalty",
     "reconstruction",
     "sliced_decode",
+    "strip_decode",
     "tiled_decode",
     "tiled_encode",
     "vanilla_d_loss",
