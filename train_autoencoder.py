@@ -1,4 +1,4 @@
-"""Stage one: train a KL-regularised autoencoder on images.
+"""Stage one: train an autoencoder on images, KL-regularised or with a codebook.
 
 accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
 """
@@ -12,10 +12,11 @@ import time
 import torch
 from accelerate.utils import gather_object
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder
 from ldm.build import (
     build_autoencoder,
     build_batches,
+    build_bottleneck,
     build_discriminator,
     build_loss_state,
     build_loss_weights,
@@ -34,12 +35,11 @@ from ldm.pretrained import write_vae
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
 from ldm.training.ema import Ema
-from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, PosteriorWatch, named_batch
+from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, named_batch, watched_latents
 from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import (
     StopSignal,
     batch_plan,
-    clip,
     dry_run_report,
     mean_over_processes,
     parameter_count,
@@ -49,6 +49,7 @@ from ldm.training.launch import (
 )
 from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import adamw, learning_rate, set_learning_rate
+from ldm.training.precision import LossScaling
 from ldm.training.run_dir import RunDir
 
 STATISTICS_BATCH = 32
@@ -84,9 +85,9 @@ def main() -> None:
     if perceptual is not None:
         perceptual.to(accelerator.device)
     loss_state.to(accelerator.device)
-    model, wrapped_d, optimizer, d_optimizer = accelerator.prepare(vae, discriminator, optimizer, d_optimizer)
-    ema, guard, watch = Ema(vae, training.ema_decay), NonFiniteGuard(), DiscriminatorWatch()
-    side = config.data.resolution // vae.downsample_factor
+    model, wrapped_d = accelerator.prepare(vae, discriminator)
+    ema, scaling, watch = Ema(vae, training.ema_decay), LossScaling(accelerator), DiscriminatorWatch()
+    guard, mean = NonFiniteGuard(10 + scaling.halvings), mean_over_processes(accelerator)
     task = AutoencoderTask(
         model,
         wrapped_d,
@@ -95,9 +96,9 @@ def main() -> None:
         weights,
         build_penalties(config.discriminator),
         loss_state,
-        (vae.config.latent_channels, side, side),
+        build_bottleneck(config, vae, mean),
         config.seed,
-        mean_over_processes(accelerator),
+        mean,
     )
     parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
     first = 0
@@ -105,11 +106,13 @@ def main() -> None:
     if newest is not None:
         first, state = newest
         vae.load_state_dict(state["autoencoder"])
+        vae.load_codebook_state(state["codebook"])
         discriminator.load_state_dict(state["discriminator"])
         loss_state.load_state_dict(state["loss"])
         ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
         optimizer.load_state_dict(state["optimizer"])
         d_optimizer.load_state_dict(state["discriminator_optimizer"])
+        scaling.load_state_dict(state["progress"]["loss_scale"])
         accelerator.print(f"resuming {run.folder} at step {first}")
 
     def save(step: int) -> None:
@@ -117,12 +120,13 @@ def main() -> None:
         if accelerator.is_main_process:
             state = {
                 "autoencoder": vae.state_dict(),
+                "codebook": vae.codebook_state(),
                 "discriminator": discriminator.state_dict(),
                 "loss": loss_state.state_dict(),
                 "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "discriminator_optimizer": d_optimizer.state_dict(),
-                "progress": {"step": step, "ema_updates": ema.updates},
+                "progress": {"step": step, "ema_updates": ema.updates, "loss_scale": scaling.state_dict()},
             }
             run.save(step, state, training.checkpoints_total_limit)
         accelerator.wait_for_everyone()
@@ -156,17 +160,18 @@ def main() -> None:
                     accelerator.backward(d_loss)
                     parts[-1] |= d_terms
         terms = averaged(parts)
-        terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
-        d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else torch.zeros(())
-        losses = task.reduce_mean(terms["nll"] + terms["kl"])
-        if guard.allows(losses + terms["gradient_norm"] + d_norm, named_batch(step, keys)):
-            optimizer.step()
+        active = [(optimizer, parameters), (d_optimizer, d_parameters)][: 2 if adversarial else 1]
+        norms = [scaling.clip(which, part, config.optimizer.max_grad_norm) for which, part in active]
+        terms["gradient_norm"] = norms[0]
+        losses = task.reduce_mean(torch.stack(list(terms.values())).sum())
+        if guard.allows(losses + torch.stack(norms).sum(), named_batch(step, keys)):
+            scaling.step(*(which for which, _ in active))
+            task.remember(terms)
             if adversarial:
-                d_optimizer.step()
-                task.remember(terms)
                 watch.add(terms)
             ema.update()
         else:
+            scaling.skip()
             log.say(f"{named_batch(step, gather_object(keys))}: a loss or gradient is not finite, no update")
         optimizer.zero_grad()
         d_optimizer.zero_grad()
@@ -202,7 +207,7 @@ def main() -> None:
 
 
 def validate(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     ema: Ema,
     images: torch.Tensor,
     config: AutoencoderTraining,
@@ -210,20 +215,20 @@ def validate(
     log: TrainingLog,
     step: int,
 ) -> None:
-    """PSNR of the averaged weights, dead latent channels, and a grid of originals above reconstructions."""
+    """PSNR of the averaged weights, what became of the latents, and a grid of originals above reconstructions."""
     with ema.applied(), torch.no_grad():
         batches = [chunk.to(next(vae.parameters()).device) for chunk in torch.split(images, 32)]
         value = mean_psnr(vae, batches)
-        posterior = PosteriorWatch.of(vae.moments(chunk) for chunk in batches)
+        latents = watched_latents(vae, batches)
         x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
     grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
     grid.save(run.samples / f"step_{step:06d}.png")
     tracker_image(log.accelerator, "reconstructions", grid, step)
-    log.write(step, {"validation_psnr": value, "dead_channels": len(posterior.dead_channels())})
-    log.say("\n".join(filter(None, [f"step {step}: validation PSNR {value:.2f} dB", posterior.warning(step)])))
+    log.write(step, {"validation_psnr": value, **latents.figures()})
+    log.say("\n".join(filter(None, [f"step {step}: validation PSNR {value:.2f} dB", latents.warning(step)])))
 
 
-def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
+def export(vae: Autoencoder, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
     """Writes the averaged weights with the latent scale and shift: the pretrained, given or measured ones."""
     device = next(vae.parameters()).device
     plan = BatchPlan(STATISTICS_BATCH)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from autoencoder import AutoencoderKL, LatentCodec
+from autoencoder import Autoencoder, LatentCodec
 from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
 from ldm.config import DataConfig, LdmTraining
 from ldm.config_file import dump_config, parse_command_line
@@ -40,7 +40,6 @@ from ldm.training.guards import NonFiniteGuard
 from ldm.training.launch import (
     StopSignal,
     batch_plan,
-    clip,
     dry_run_report,
     parameter_count,
     place,
@@ -50,6 +49,7 @@ from ldm.training.launch import (
 )
 from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
+from ldm.training.precision import LossScaling
 from ldm.training.run_dir import RunDir, weights_hash
 
 CAPTIONS_FOR_VOCABULARY = 100_000
@@ -84,7 +84,7 @@ def main() -> None:
             config.seed,
             run.folder / "tokenizer",
         )
-    unet = build_unet(config, vae.config.latent_channels, text_encoder.model.config.hidden_size)
+    unet = build_unet(config, vae.latent_channels, text_encoder.model.config.hidden_size)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder)
@@ -95,8 +95,9 @@ def main() -> None:
     # 3. Placement
     if training.torch_compile:
         unet.compile()
-    model, optimizer = accelerator.prepare(network, optimizer)
-    ema, guard = Ema(network, training.ema_decay), NonFiniteGuard()
+    model = accelerator.prepare(network)
+    ema, scaling = Ema(network, training.ema_decay), LossScaling(accelerator)
+    guard = NonFiniteGuard(10 + scaling.halvings)
     task = TextToImageTask(
         model,
         text_encoder,
@@ -115,6 +116,7 @@ def main() -> None:
         network.load_state_dict(state["network"])
         ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
         optimizer.load_state_dict(state["optimizer"])
+        scaling.load_state_dict(state["progress"].get("loss_scale", {}))
         accelerator.print(f"resuming {run.folder} at step {first}")
 
     def save(step: int) -> None:
@@ -124,7 +126,7 @@ def main() -> None:
                 "network": network.state_dict(),
                 "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "progress": {"step": step, "ema_updates": ema.updates},
+                "progress": {"step": step, "ema_updates": ema.updates, "loss_scale": scaling.state_dict()},
             }
             run.save(step, state, training.checkpoints_total_limit)
         accelerator.wait_for_everyone()
@@ -146,10 +148,12 @@ def main() -> None:
                 parts.append(task.loss(batch.to(accelerator.device), step, plan.global_size))
                 accelerator.backward(parts[-1]["loss"])
         terms = averaged(parts)
-        terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
+        terms["gradient_norm"] = scaling.clip(optimizer, parameters, config.optimizer.max_grad_norm)
         if guard.allows(terms["gradient_norm"], f"step {step}"):
-            optimizer.step()
+            scaling.step(optimizer)
             ema.update()
+        else:
+            scaling.skip()
         optimizer.zero_grad()
         log.add(terms)
 
@@ -190,7 +194,7 @@ def trial_data(data: DataConfig) -> DataConfig:
 
 def encoded_data(
     config: LdmTraining,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     folder: Path,
     accelerator: Accelerator,
     skips: SkipCounter,
@@ -244,7 +248,7 @@ def encoded_data(
     return LatentCache(folder, settings)
 
 
-def trained_model(config: LdmTraining, vae: AutoencoderKL, network: ConditionedUNet) -> Model:
+def trained_model(config: LdmTraining, vae: Autoencoder, network: ConditionedUNet) -> Model:
     """The parts as they stand now, with the sampling defaults of the config."""
     side = config.data.resolution // vae.downsample_factor
     network.unet.config = dataclasses.replace(network.unet.config, sample_size=side)

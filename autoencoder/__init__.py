@@ -5,7 +5,7 @@ The perceptual losses load their backbones' packages only when one is constructe
 
 from __future__ import annotations
 
-from autoencoder.codec import LatentCodec, LatentStatistics, fold_into_convolutions
+from autoencoder.codec import Decode, LatentCodec, LatentStatistics, fold_into_convolutions
 from autoencoder.config import AutoencoderConfig, VQConfig
 from autoencoder.discriminator import ActNorm, PatchDiscriminator
 from autoencoder.gaussian import DiagonalGaussian
@@ -28,6 +28,7 @@ from autoencoder.losses import (
 )
 from autoencoder.model import AutoencoderKL, Reconstruction
 from autoencoder.perceptual import LPIPS, EfficientNetFeatureDistance, PerceptualLoss
+from autoencoder.reading import Autoencoder, read_autoencoder
 from autoencoder.strips import strip_decode
 from autoencoder.tiling import sliced_decode, tiled_decode, tiled_encode
 from autoencoder.vq import CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
@@ -35,9 +36,11 @@ from autoencoder.vq import CodebookUpdate, Quantized, VQModel, VQReconstruction,
 __all__ = [
     "LPIPS",
     "ActNorm",
+    "Autoencoder",
     "AutoencoderConfig",
     "AutoencoderKL",
     "CodebookUpdate",
+    "Decode",
     "DiagonalGaussian",
     "DiscriminatorPenalties",
     "EfficientNetFeatureDistance",
@@ -64,6 +67,7 @@ __all__ = [
     "last_layer_gradient",
     "nll",
     "r1_penalty",
+    "read_autoencoder",
     "reconstruction",
     "sliced_decode",
     "strip_decode",

@@ -1,9 +1,10 @@
 """Decoding in horizontal strips: the picture of a whole decode, up to rounding, at about half of its memory.
 
-Tiles that are decoded one by one normalise with their own statistics, so colours drift between them. Here every layer runs
-over the whole picture before the next one starts: the statistics of group normalisation are those of all positions and
-attention sees all of them. Only the temporaries of a layer, the normalised and activated input of a convolution and what
-the convolution itself needs, are cut into strips. What is left are two or three feature maps at a time.
+Tiles that are decoded one by one normalise with their own statistics, so colours drift between them. Here every layer
+runs over the whole picture before the next one starts: the statistics of group normalisation are those of all
+positions and attention sees all of them. Only the temporaries of a layer, the normalised and activated input of a
+convolution and what the convolution itself needs, are cut into strips. What is left are two or three feature maps at
+a time.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoencoder.blocks import Decoder, Encoder, conv3x3
 from autoencoder.config import VQConfig
+from autoencoder.gaussian import LEAST_LOGVAR
 from autoencoder.model import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -160,6 +161,19 @@ class VQModel(ConvolutionalAutoencoder):
             ValueError: the channels are not the config's, or H or W is no multiple of the factor f.
         """
         return self._encoded(x)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.embed_dim
+
+    def moments(self, x: Tensor) -> Tensor:
+        """`encode` as a Gaussian without spread [B, 2D, H/f, W/f], for everything that reads posteriors."""
+        latents = self.encode(x)
+        return torch.cat([latents, torch.full_like(latents, LEAST_LOGVAR)], dim=1)
+
+    def project(self, z: Tensor) -> Tensor:
+        codes: Tensor = self.quantize(z).z
+        return codes
 
     def forward(self, x: Tensor) -> VQReconstruction:
         """Encode, quantise, decode; a distributed wrapper calls it."""

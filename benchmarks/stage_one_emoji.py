@@ -3,11 +3,12 @@
     python benchmarks/stage_one_emoji.py --data FOLDER [--minutes 15] [--config train_configs/emoji/autoencoder.yaml]
         [--slice 30] [--output outputs/stage_one_emoji] [--section.field VALUE ...]
 
-Ours is the task of `train_autoencoder.py` with every loss of the config; the other side is diffusers' `AutoencoderKL` of
-the same shape, squared error + KL, PyTorch's AdamW as it comes, no average of the weights. Both see the same pictures in
-batches of the same size at the same learning rate, which follows the time used. Each side is a process with one thread and
-works in slices, one side after the other, until it has used its minutes of processor time. The judge is EfficientNet-Lite2,
-which neither side trained on. Writes both models, the figures as JSON and a picture: originals, ours, the plain loop's.
+Ours is the task of `train_autoencoder.py` with every loss of the config; the other side is diffusers' `AutoencoderKL`
+of the same shape, squared error + KL, PyTorch's AdamW as it comes, no average of the weights. Both see the same
+pictures in batches of the same size at the same learning rate, which follows the time used. Each side is a process
+with one thread and works in slices, one side after the other, until it has used its minutes of processor time. The
+judge is EfficientNet-Lite2, which neither side trained on. Writes both models, the figures as JSON and a picture:
+originals, ours, the plain loop's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from autoencoder import AutoencoderKL, EfficientNetFeatureDistance
 from ldm.build import (
     build_autoencoder,
+    build_bottleneck,
     build_discriminator,
     build_loss_state,
     build_loss_weights,
@@ -126,7 +128,6 @@ def ours(config: AutoencoderTraining) -> tuple[Step, Callable[[Path], None]]:
     vae = build_autoencoder(config)
     critic = build_discriminator(config.discriminator, config.seed)
     weights, state = build_loss_weights(config.loss), build_loss_state(config.loss)
-    side = config.data.resolution // vae.downsample_factor
     task = AutoencoderTask(
         vae,
         critic,
@@ -135,7 +136,7 @@ def ours(config: AutoencoderTraining) -> tuple[Step, Callable[[Path], None]]:
         weights,
         build_penalties(config.discriminator),
         state,
-        (vae.config.latent_channels, side, side),
+        build_bottleneck(config, vae, lambda value: value),
         config.seed,
         lambda value: value,
     )
@@ -156,8 +157,9 @@ def ours(config: AutoencoderTraining) -> tuple[Step, Callable[[Path], None]]:
             d_loss, terms = task.discriminator_loss(batch, loss.image, now)
             d_loss.backward()
             d_optimizer.step()
-            task.remember(terms)
+            loss.terms.update(terms)
         optimizer.step()
+        task.remember(loss.terms)
         ema.update()
         optimizer.zero_grad()
         d_optimizer.zero_grad()
@@ -211,7 +213,6 @@ def judge(config: AutoencoderTraining, folder: Path) -> dict[str, Any]:
         "perceptual_gain": 1 - distance["ours"] / distance["plain"],
         "psnr_gain": figures["ours"]["psnr"] - figures["plain"]["psnr"],
     }
-
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder, CodebookUpdate, read_autoencoder
 from conditioning import ClipTextEncoder
 from ldm.networks import UNet
 from ldm.process import DiffusionConfig
@@ -44,7 +44,7 @@ class Model:
     `settings` is ldm.json, what diffusers has no field for; `card` is README.md, the model card.
     """
 
-    vae: AutoencoderKL
+    vae: Autoencoder
     unet: UNet
     text_encoder: ClipTextEncoder
     diffusion: DiffusionConfig
@@ -95,9 +95,9 @@ def read_model(name: str | os.PathLike[str]) -> Model:
     return model
 
 
-def read_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself."""
-    vae: AutoencoderKL = _explained(AutoencoderKL.from_pretrained, _part(folder, "vae"))
+def read_vae(folder: Path, update: CodebookUpdate = CodebookUpdate()) -> Autoencoder:
+    """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself; `update` is a codebook's."""
+    vae: Autoencoder = _explained(lambda part: read_autoencoder(part, update), _part(folder, "vae"))
     return vae
 
 
@@ -149,13 +149,13 @@ def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype
         copy.deepcopy(module).to(dtype).save_pretrained(temporary / name)
     model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
     _write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
-    _write_json(temporary / "model_index.json", _model_index())
+    _write_json(temporary / "model_index.json", _model_index(model.vae))
     _write_json(temporary / "ldm.json", dict(model.settings))
     (temporary / "README.md").write_text(model.card, encoding="utf-8")
     _replace_folder(temporary, target)
 
 
-def write_vae(vae: AutoencoderKL, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
+def write_vae(vae: Autoencoder, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
     """Writes what stage one produces, `vae/`, `ldm.json` and `README.md`, atomically."""
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_fit(model: Model, folder: Path) -> None:
-    latents = ("vae's latent_channels", model.vae.config.latent_channels)
+    latents = ("vae's latent_channels", model.vae.latent_channels)
     width = ("text_encoder's hidden_size", model.text_encoder.model.config.hidden_size)
     for key, (source, wanted) in (("in_channels", latents), ("out_channels", latents), ("cross_attention_dim", width)):
         value = getattr(model.unet.config, key)
@@ -208,7 +208,7 @@ def _check_fit(model: Model, folder: Path) -> None:
             raise ModelError(f"{folder / 'unet' / 'config.json'}: {key} is {value}, but the {source} is {wanted}")
 
 
-def _model_index() -> dict[str, Any]:
+def _model_index(vae: Autoencoder) -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -220,7 +220,7 @@ def _model_index() -> dict[str, Any]:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", type(vae).__name__],
     }
 
 

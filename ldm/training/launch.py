@@ -98,12 +98,6 @@ def mean_over_processes(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     return lambda value: accelerator.reduce(value, reduction="mean")
 
 
-def clip(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips the gradients' total norm to `max_norm` (None: leaves them) and returns the norm from before."""
-    norm = accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
-    return torch.as_tensor(norm)
-
-
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into a request to save and leave; the second one ends the process at once.
 

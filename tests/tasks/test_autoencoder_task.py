@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from autoencoder import AutoencoderConfig, AutoencoderKL, discriminator_loss, nll
-from ldm.build import build_autoencoder, build_discriminator, build_loss_state, build_loss_weights, build_penalties
+from ldm.build import (
+    build_autoencoder,
+    build_bottleneck,
+    build_discriminator,
+    build_loss_state,
+    build_loss_weights,
+    build_penalties,
+)
 from ldm.config import (
     AutoencoderLossConfig,
     AutoencoderTraining,
@@ -50,9 +57,9 @@ class Run:
         self.critic = build_discriminator(chosen.discriminator, chosen.seed)
         self.state = build_loss_state(chosen.loss)
         weights, penalties = build_loss_weights(chosen.loss), build_penalties(chosen.discriminator)
-        shape = (self.vae.config.latent_channels, 8, 8)
+        bottleneck = build_bottleneck(chosen, self.vae, lambda x: x)
         self.task = AutoencoderTask(
-            self.vae, self.critic, self.critic, None, weights, penalties, self.state, shape, chosen.seed, lambda x: x
+            self.vae, self.critic, self.critic, None, weights, penalties, self.state, bottleneck, chosen.seed, lambda x: x
         )
         rates = OptimizerConfig(learning_rate=1e-3, adam_weight_decay=0.1)
         self.optimizer = adamw(self.vae.parameters(), rates, 1e-3, undecayed=self.state.parameters())
@@ -67,8 +74,8 @@ class Run:
             d_loss.backward()
             terms |= d_terms
             self.d_optimizer.step()
-            self.task.remember(terms)
         self.optimizer.step()
+        self.task.remember(terms)
         self.optimizer.zero_grad()
         self.d_optimizer.zero_grad()
         return terms
