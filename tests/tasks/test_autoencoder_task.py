@@ -59,7 +59,16 @@ class Run:
         weights, penalties = build_loss_weights(chosen.loss), build_penalties(chosen.discriminator)
         bottleneck = build_bottleneck(chosen, self.vae, lambda x: x)
         self.task = AutoencoderTask(
-            self.vae, self.critic, self.critic, None, weights, penalties, self.state, bottleneck, chosen.seed, lambda x: x
+            self.vae,
+            self.critic,
+            self.critic,
+            None,
+            weights,
+            penalties,
+            self.state,
+            bottleneck,
+            chosen.seed,
+            lambda x: x,
         )
         rates = OptimizerConfig(learning_rate=1e-3, adam_weight_decay=0.1)
         self.optimizer = adamw(self.vae.parameters(), rates, 1e-3, undecayed=self.state.parameters())
