@@ -106,13 +106,13 @@ def main() -> None:
     if newest is not None:
         first, state = newest
         vae.load_state_dict(state["autoencoder"])
-        vae.load_codebook_state(state["codebook"])
+        vae.load_codebook_state(state.get("codebook", {}))
         discriminator.load_state_dict(state["discriminator"])
         loss_state.load_state_dict(state["loss"])
         ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
         optimizer.load_state_dict(state["optimizer"])
         d_optimizer.load_state_dict(state["discriminator_optimizer"])
-        scaling.load_state_dict(state["progress"]["loss_scale"])
+        scaling.load_state_dict(state["progress"].get("loss_scale", {}))
         accelerator.print(f"resuming {run.folder} at step {first}")
 
     def save(step: int) -> None:

@@ -51,15 +51,12 @@ def test_there_are_configs_of_both_stages() -> None:
 @named(STAGE_ONE)
 def test_a_stage_one_file_builds(path: Path) -> None:
     config = load_config(AutoencoderTraining, path)
+    side = config.data.resolution
     with torch.device("meta"):
-        vae = build_autoencoder(config)
-        image = vae.decode(
-            vae.moments(torch.zeros(1, 3, config.data.resolution, config.data.resolution)).chunk(2, 1)[0]
-        )
-    assert image.shape == (1, 3, config.data.resolution, config.data.resolution)
-    logits = build_discriminator(config.discriminator, 0)(
-        torch.zeros(2, 3, config.data.resolution, config.data.resolution)
-    )
+        vae = build_autoencoder(written_by(config.pretrained) or config)
+        image = vae.decode(vae.moments(torch.zeros(1, 3, side, side)).chunk(2, 1)[0])
+    assert image.shape == (1, 3, side, side)
+    logits = build_discriminator(config.discriminator, 0)(torch.zeros(2, 3, side, side))
     assert logits.shape[:2] == (2, 1)
     build_loss_weights(config.loss)
 
