@@ -1,6 +1,6 @@
 """Peak memory and seconds of decoding one large picture with a Stable Diffusion 1.x autoencoder, whole and in pieces.
 
-    python benchmarks/decode_memory.py [--size 1024] [--tile 64] [--overlap 16] [--threads 0] [--ways strips tiled untiled]
+    python benchmarks/decode_memory.py [--size 1024] [--tile 64] [--overlap 16] [--threads 0] [--ways WAY ...]
 
 Weights are random, in float32, on the CPU. Each way runs in a fresh process; its peak resident set is read at the end.
 """

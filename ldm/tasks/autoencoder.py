@@ -64,7 +64,7 @@ class AutoencoderTask:
         """
         rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
         out = self.bottleneck(self.model, batch.image, rows, step)
-        leaf = out.image.detach().float().requires_grad_()
+        leaf = precise(out.image.detach()).requires_grad_()
         distance = self._distance(leaf, batch.image)
         image_loss = nll(leaf, batch.image, distance, self.weights, self.state.logvar)
         surrogate = self._logvar_surrogate(image_loss)
@@ -73,13 +73,13 @@ class AutoencoderTask:
         if self.state.logvar.requires_grad:
             terms["logvar"] = self.state.logvar.detach().clone()
         if self.weights.discriminator_active(step):
-            logits = self.bare_discriminator(leaf).float()
+            logits = precise(self.bare_discriminator(leaf))
             g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
                 image_loss,
                 g_loss,
                 leaf,
-                out.features.float(),
+                precise(out.features),
                 (leaf.shape[1], out.features.shape[1], 3, 3),
                 self.weights.discriminator,
                 self.reduce_mean,
@@ -88,7 +88,7 @@ class AutoencoderTask:
             terms |= {"generator": g_loss.detach(), "adaptive_weight": adaptive}
         else:
             (gradient,) = torch.autograd.grad(image_loss, leaf)
-        surrogate = surrogate + (out.image.float() * gradient).sum()
+        surrogate = surrogate + (precise(out.image) * gradient).sum()
         if out.loss is not None:
             surrogate = surrogate + out.loss
         return GeneratorLoss(surrogate, leaf.detach(), terms)
@@ -100,7 +100,7 @@ class AutoencoderTask:
         """
         r1_weight = self.penalties.r1_weight(step)
         pictures = batch.image.detach().requires_grad_(r1_weight > 0)
-        real, fake = self.discriminator(pictures).float(), self.discriminator(image).float()
+        real, fake = precise(self.discriminator(pictures)), precise(self.discriminator(image))
         loss = discriminator_loss(real, fake, self.weights.discriminator_loss)
         terms = {
             "discriminator": loss.detach(),
@@ -139,3 +139,8 @@ class AutoencoderTask:
             return image.new_zeros(len(image))
         distance: Tensor = self.perceptual(image, target)
         return distance
+
+
+def precise(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
