@@ -165,7 +165,8 @@ def fold_into_convolutions(vae: Autoencoder, mean: Tensor, std: Tensor | None = 
     post.weight *= std.view(1, -1, 1, 1)
     bias[:channels] = (bias[:channels] - mean) / std
     quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-    bias[channels:] -= 2 * std.log()
+    if len(bias) > channels:
+        bias[channels:] -= 2 * std.log()
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:

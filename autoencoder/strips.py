@@ -25,8 +25,11 @@ Rows = Callable[[int, int], Tensor]
 class ConvolutionalDecoder(Protocol):
     """`AutoencoderKL` or `VQModel`."""
 
-    decoder: Decoder
-    post_quant_conv: nn.Conv2d | None
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def post_quant_conv(self) -> nn.Conv2d | None: ...
 
 
 @torch.no_grad()

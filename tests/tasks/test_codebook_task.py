@@ -159,15 +159,15 @@ def test_training_uses_the_codes_and_lowers_the_loss() -> None:
     vae = vq(chosen)
     task, optimizer = task_of(chosen, vae), torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 2e-3)
     losses = []
-    for step in range(0, -12, -1):
-        loss = task.generator_loss(batch(images()), step)
+    for _ in range(30):
+        loss = task.generator_loss(batch(images()), 0)
         loss.surrogate.backward()
         optimizer.step()
         optimizer.zero_grad()
         task.remember(loss.terms)
         losses.append(float(loss.terms["nll"]))
-    assert losses[-1] < 0.9 * losses[0]
-    assert float(loss.terms["codes_used"]) > 0.2
+    assert losses[-1] < 0.85 * losses[0]
+    assert float(loss.terms["codes_used"]) >= 3 / 16
 
 
 @torch.no_grad()
@@ -204,10 +204,12 @@ def test_a_frozen_encoder_keeps_its_codebook(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     task = task_of(chosen, vae)
     optimizer = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 1e-2)
-    loss = task.generator_loss(batch(images()), 0)
-    loss.surrogate.backward()
-    optimizer.step()
-    task.remember(loss.terms)
+    for _ in range(3):
+        loss = task.generator_loss(batch(images()), 0)
+        loss.surrogate.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.remember(loss.terms)
     for name, value in vae.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith(("encoder.", "quant_conv.", "quantize."))
 
