@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
+from functools import partial
 
 import torch
-from accelerate.utils import gather_object
 
 from autoencoder import Autoencoder
 from ldm.build import (
@@ -28,29 +27,31 @@ from ldm.config import AutoencoderTraining
 from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.order import BatchPlan
-from ldm.data.transforms import to_images
-from ldm.evaluation.grid import image_grid
-from ldm.evaluation.reconstruction import mean_psnr, reconstruct
+from ldm.evaluation.reconstruction import mean_psnr
 from ldm.pretrained import write_vae
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
+from ldm.training.checkpoint import Checkpoint
 from ldm.training.ema import Ema
-from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, named_batch, watched_latents
+from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, UpdateGuard, named_batch
 from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import (
-    StopSignal,
     batch_plan,
-    dry_run_report,
+    due,
     mean_over_processes,
+    open_run,
     parameter_count,
     place,
     run_command,
-    tracker_image,
 )
 from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import adamw, learning_rate, set_learning_rate
 from ldm.training.precision import LossScaling
+from ldm.training.processes import last_state_named
 from ldm.training.run_dir import RunDir
+from ldm.training.stop import StopSignal
+from ldm.training.trial import Trial, trial_steps
+from ldm.training.validation import validate_autoencoder
 
 STATISTICS_BATCH = 32
 
@@ -59,12 +60,9 @@ def main() -> None:
     # 1. Config
     config, launch = parse_command_line(AutoencoderTraining, sys.argv[1:])
     training, total = config.training, config.training.max_train_steps
-    run = RunDir(config.output_dir)
-    accelerator = place(training, run, config.seed)
-    if accelerator.is_main_process and not launch.dry_run:
-        run.prepare(dump_config(config), launch)
-    accelerator.wait_for_everyone()
-    stop = StopSignal()
+    accelerator = place(config)
+    stop, trial = StopSignal(), Trial()
+    run = open_run(accelerator, config, launch)
 
     # 2. Parts
     vae = build_autoencoder(config)
@@ -76,8 +74,7 @@ def main() -> None:
     optimizer = adamw(vae.parameters(), config.optimizer, rate, undecayed=loss_state.parameters())
     d_optimizer = adamw(discriminator.parameters(), config.optimizer, rate * config.discriminator.learning_rate_ratio)
     validation = build_validation(config.data, config.seed)
-    if accelerator.is_main_process:
-        print(f"autoencoder {parameter_count(vae)}, discriminator {parameter_count(discriminator)} parameters")
+    accelerator.print(f"autoencoder {parameter_count(vae)}, discriminator {parameter_count(discriminator)} parameters")
 
     # 3. Placement
     if training.torch_compile:
@@ -87,7 +84,9 @@ def main() -> None:
     loss_state.to(accelerator.device)
     model, wrapped_d = accelerator.prepare(vae, discriminator)
     ema, scaling, watch = Ema(vae, training.ema_decay), LossScaling(accelerator), DiscriminatorWatch()
-    guard, mean = NonFiniteGuard(10 + scaling.halvings), mean_over_processes(accelerator)
+    guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
+    mean = mean_over_processes(accelerator)
+    bottleneck = build_bottleneck(config, vae, mean)
     task = AutoencoderTask(
         model,
         wrapped_d,
@@ -96,106 +95,90 @@ def main() -> None:
         weights,
         build_penalties(config.discriminator),
         loss_state,
-        build_bottleneck(config, vae, mean),
+        bottleneck,
         config.seed,
         mean,
     )
     parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
-    first = 0
-    newest = None if launch.dry_run else run.load_newest(accelerator.print)
-    if newest is not None:
-        first, state = newest
-        vae.load_state_dict(state["autoencoder"])
-        vae.load_codebook_state(state.get("codebook", {}))
-        discriminator.load_state_dict(state["discriminator"])
-        loss_state.load_state_dict(state["loss"])
-        ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
-        optimizer.load_state_dict(state["optimizer"])
-        d_optimizer.load_state_dict(state["discriminator_optimizer"])
-        scaling.load_state_dict(state["progress"].get("loss_scale", {}))
-        accelerator.print(f"resuming {run.folder} at step {first}")
-
-    def save(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            state = {
-                "autoencoder": vae.state_dict(),
-                "codebook": vae.codebook_state(),
-                "discriminator": discriminator.state_dict(),
-                "loss": loss_state.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "discriminator_optimizer": d_optimizer.state_dict(),
-                "progress": {"step": step, "ema_updates": ema.updates, "loss_scale": scaling.state_dict()},
-            }
-            run.save(step, state, training.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+    parts = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
+    kept = {**bottleneck.parts(), **scaling.parts()}
+    optimizers = {"optimizer": optimizer, "discriminator_optimizer": d_optimizer}
+    checkpoint = Checkpoint(
+        run, accelerator, training.checkpoints_total_limit, ema, guard, {**parts, **optimizers, **kept}
+    )
+    first = checkpoint.resume()
 
     # 4. Loop
-    plan = batch_plan(training, accelerator)
-    last = min(total, first + 3) if launch.dry_run else total
-    batches = build_batches(config.data, plan, config.seed, first, last)
+    plan, start = batch_plan(training, accelerator), min(total, config.loss.discriminator_start)
+    steps = trial_steps(total, 0, start) if launch.dry_run else range(first, total)
+    batches = build_batches(config.data, plan, config.seed, first, first + len(steps))
     skips = SkipCounter(config.data.max_bad_fraction)
-    if not launch.dry_run:
-        accelerator.init_trackers("logs")
     log = TrainingLog(accelerator, run.folder, first, total, plan.global_size, quiet=launch.dry_run)
-    started = time.perf_counter()
-    for step in range(first, last):
-        factor = learning_rate(step, total, config.optimizer) / rate
-        set_learning_rate(optimizer, rate * factor)
-        set_learning_rate(d_optimizer, rate * factor * config.discriminator.learning_rate_ratio)
-        adversarial = weights.discriminator_active(step)
-        parts: list[dict[str, torch.Tensor]] = []
-        keys: list[str] = []
-        for _ in range(training.gradient_accumulation_steps):
-            batch = next(batches).to(accelerator.device)
-            skips.add(len(batch.rows), batch.skipped)
-            keys.extend(batch.keys)
-            with accelerator.accumulate(model, wrapped_d):
-                loss = task.generator_loss(batch, step)
-                accelerator.backward(loss.surrogate)
-                parts.append(loss.terms)
+    validate = partial(validate_autoencoder, vae, ema, validation, config, run, log, stop)
+    if run.lacks_sample(first, config.validation.steps, total):
+        validate(first)
+    trial.mark("start", 1)
+    with stop.deferred(), last_state_named(run):
+        for step in steps:
+            rate = learning_rate(step, total, config.optimizer)
+            set_learning_rate(optimizer, rate)
+            set_learning_rate(d_optimizer, rate * config.discriminator.learning_rate_ratio)
+            adversarial = weights.discriminator_active(step)
+            micro: list[dict[str, torch.Tensor]] = []
+            keys: list[str] = []
+            for _ in range(training.gradient_accumulation_steps):
+                with log.waiting():
+                    batch = next(batches).to(accelerator.device)
+                skips.add(len(batch.rows), batch.skipped)
+                keys.extend(batch.keys)
+                with accelerator.accumulate(model, wrapped_d):
+                    loss = task.generator_loss(batch, step)
+                    accelerator.backward(loss.surrogate)
+                    micro.append(loss.terms)
+                    if adversarial:
+                        d_loss, d_terms = task.discriminator_loss(batch, loss.image, step)
+                        accelerator.backward(d_loss)
+                        micro[-1] |= d_terms
+            terms = averaged(micro)
+            active = [(optimizer, parameters), (d_optimizer, d_parameters)][: 2 if adversarial else 1]
+            norms = [scaling.clip(which, part, config.optimizer.max_grad_norm) for which, part in active]
+            terms["gradient_norm"] = norms[0]
+            losses = task.reduce_mean(terms["nll"] + terms[bottleneck.term])
+            refusal = guard.refusal(losses, torch.stack(norms).sum(), named_batch(step, keys))
+            if refusal is None:
+                scaling.step(*(which for which, _ in active))
+                task.remember(terms)
                 if adversarial:
-                    d_loss, d_terms = task.discriminator_loss(batch, loss.image, step)
-                    accelerator.backward(d_loss)
-                    parts[-1] |= d_terms
-        terms = averaged(parts)
-        active = [(optimizer, parameters), (d_optimizer, d_parameters)][: 2 if adversarial else 1]
-        norms = [scaling.clip(which, part, config.optimizer.max_grad_norm) for which, part in active]
-        terms["gradient_norm"] = norms[0]
-        losses = task.reduce_mean(torch.stack(list(terms.values())).sum())
-        if guard.allows(losses + torch.stack(norms).sum(), named_batch(step, keys)):
-            scaling.step(*(which for which, _ in active))
-            task.remember(terms)
-            if adversarial:
-                watch.add(terms)
-            ema.update()
-        else:
-            scaling.skip()
-            log.say(f"{named_batch(step, gather_object(keys))}: a loss or gradient is not finite, no update")
-        optimizer.zero_grad()
-        d_optimizer.zero_grad()
-        log.add(terms)
+                    watch.add(terms)
+                ema.update()
+            else:
+                scaling.skip()
+                log.say(refusal)
+            optimizer.zero_grad()
+            d_optimizer.zero_grad()
+            log.add(terms)
 
-        done = step + 1
-        if launch.dry_run:
-            continue
-        if done % training.logging_steps == 0 or done == total:
-            log.report(done)
-            if warning := watch.warning(done):
-                log.say(warning)
-        if done % config.validation.steps == 0 or done == total:
-            if accelerator.is_main_process:
-                validate(vae, ema, validation, config, run, log, done)
-            accelerator.wait_for_everyone()
-        stopping = stop.requested(accelerator)
-        if done % training.checkpointing_steps == 0 or done == total or stopping:
-            save(done)
-        if stopping:
-            stop.leave()
+            done = step + 1
+            if launch.dry_run:
+                phase = ("step with the discriminator", total - start) if adversarial else ("step", start)
+                trial.mark(*phase)
+                continue
+            if due(done, training.logging_steps, total):
+                log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})
+                log.say(watch.warning(done))
+            if due(done, config.validation.steps, total):
+                validate(done)
+            stopping = stop.requested(accelerator)
+            if due(done, training.checkpointing_steps, total) or stopping:
+                checkpoint.save(done, log.say)
+            if stopping:
+                stop.leave()
     if launch.dry_run:
-        print(dump_config(config))
-        print(dry_run_report((time.perf_counter() - started) / max(1, last - first), total))
+        validate(total)
+        trial.mark("validation", total / config.validation.steps)
+        checkpoint.save(total, log.say)
+        trial.mark("save", total / training.checkpointing_steps)
+        accelerator.print(dump_config(config) + trial.report(run.state(total)))
         return
 
     # 5. Export
@@ -204,28 +187,6 @@ def main() -> None:
         log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()
-
-
-def validate(
-    vae: Autoencoder,
-    ema: Ema,
-    images: torch.Tensor,
-    config: AutoencoderTraining,
-    run: RunDir,
-    log: TrainingLog,
-    step: int,
-) -> None:
-    """PSNR of the averaged weights, what became of the latents, and a grid of originals above reconstructions."""
-    with ema.applied(), torch.no_grad():
-        batches = [chunk.to(next(vae.parameters()).device) for chunk in torch.split(images, 32)]
-        value = mean_psnr(vae, batches)
-        latents = watched_latents(vae, batches)
-        x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
-    grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
-    grid.save(run.samples / f"step_{step:06d}.png")
-    tracker_image(log.accelerator, "reconstructions", grid, step)
-    log.write(step, {"validation_psnr": value, **latents.figures()})
-    log.say("\n".join(filter(None, [f"step {step}: validation PSNR {value:.2f} dB", latents.warning(step)])))
 
 
 def export(vae: Autoencoder, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:

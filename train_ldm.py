@@ -8,96 +8,80 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from tqdm import tqdm
 
 from autoencoder import Autoencoder, LatentCodec
 from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
-from ldm.config import DataConfig, LdmTraining
+from ldm.config import LdmTraining
 from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
-from ldm.data.latents import (
-    CacheSettings,
-    LatentCache,
-    build_cache,
-    check_settings,
-    finish_cache,
-    is_complete,
-    shard_count,
-)
-from ldm.evaluation.grid import image_grid
-from ldm.pipeline import TextToImage
 from ldm.pretrained import Model, read_vae, resolve, write_model
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
 from ldm.training.card import model_card
+from ldm.training.checkpoint import Checkpoint
 from ldm.training.ema import Ema
-from ldm.training.guards import NonFiniteGuard
+from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard
+from ldm.training.latent_data import encoded_data, trial_data, validation_latents
 from ldm.training.launch import (
-    StopSignal,
     batch_plan,
-    dry_run_report,
+    due,
+    mean_over_processes,
+    open_run,
     parameter_count,
     place,
     run_command,
-    tracker_image,
-    trial_run,
 )
-from ldm.training.log import TrainingLog, averaged
+from ldm.training.log import TimestepLosses, TrainingLog
 from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
 from ldm.training.precision import LossScaling
-from ldm.training.run_dir import RunDir, weights_hash
+from ldm.training.processes import last_state_named
+from ldm.training.stop import StopSignal
+from ldm.training.trial import Trial, trial_steps
+from ldm.training.validation import validate_ldm
 
 CAPTIONS_FOR_VOCABULARY = 100_000
-TRIAL_SAMPLES = 64
 
 
 def main() -> None:
     # 1. Config
     config, launch = parse_command_line(LdmTraining, sys.argv[1:])
     training, total = config.training, config.training.max_train_steps
-    run = RunDir(config.output_dir)
-    accelerator = place(training, run, config.seed)
-    if accelerator.is_main_process and not launch.dry_run:
-        run.prepare(dump_config(config), launch)
-    accelerator.wait_for_everyone()
-    stop = StopSignal()
+    accelerator = place(config)
+    stop, trial = StopSignal(), Trial()
+    run = open_run(accelerator, config, launch)
 
     # 2. Parts
-    data, latents = config.data, Path(config.latents.folder or run.folder / "latents")
-    if launch.dry_run:
-        run = trial_run(accelerator)
-        data, latents = trial_data(config.data), run.folder / "latents"
     vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
     check_resolution(config, vae.downsample_factor)
-    skips = SkipCounter(config.data.max_bad_fraction)
-    cache = encoded_data(dataclasses.replace(config, data=data), vae, latents, accelerator, skips, stop)
-    captions = (cache.captions[i][j] for i in range(len(cache)) for j in range(len(cache.captions[i])))
+    data, latents = (trial_data(config.data), None) if launch.dry_run else (config.data, config.latents.folder)
+    source = build_source(data, data.split, config.seed)
+    skips = SkipCounter(data.max_bad_fraction)
+    cache = encoded_data(source, config, vae, Path(latents or run.folder / "latents"), accelerator, skips)
+    if launch.dry_run:
+        pictures = len(build_source(config.data, data.split, config.seed))
+        trial.mark(f"{len(source)} encoded pictures", pictures / len(source))
+    held_out = validation_latents(build_source(data, data.validation_split, config.seed), config, vae)
+    captions = (caption for known in (cache.captions[i] for i in range(len(cache))) for caption in known)
+    vocabulary = itertools.islice(captions, CAPTIONS_FOR_VOCABULARY)
     with accelerator.main_process_first():
-        text_encoder = build_text_encoder(
-            config.text_encoder,
-            itertools.islice(captions, CAPTIONS_FOR_VOCABULARY),
-            config.seed,
-            run.folder / "tokenizer",
-        )
+        text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
     unet = build_unet(config, vae.latent_channels, text_encoder.model.config.hidden_size)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder)
     optimizer = optimizer_of(network, config.optimizer)
-    if accelerator.is_main_process:
-        print(f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters")
+    accelerator.print(f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters")
 
     # 3. Placement
     if training.torch_compile:
         unet.compile()
-    model = accelerator.prepare(network)
-    ema, scaling = Ema(network, training.ema_decay), LossScaling(accelerator)
-    guard = NonFiniteGuard(10 + scaling.halvings)
+    model, scaling = accelerator.prepare(network), LossScaling(accelerator)
+    ema = Ema(network, training.ema_decay)
+    guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
     task = TextToImageTask(
         model,
         text_encoder,
@@ -109,72 +93,67 @@ def main() -> None:
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    first = 0
-    newest = None if launch.dry_run else run.load_newest(accelerator.print)
-    if newest is not None:
-        first, state = newest
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"], state["progress"]["ema_updates"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaling.load_state_dict(state["progress"].get("loss_scale", {}))
-        accelerator.print(f"resuming {run.folder} at step {first}")
-
-    def save(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            state = {
-                "network": network.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "progress": {"step": step, "ema_updates": ema.updates, "loss_scale": scaling.state_dict()},
-            }
-            run.save(step, state, training.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+    keep, parts = training.checkpoints_total_limit, {"network": network, "optimizer": optimizer, **scaling.parts()}
+    checkpoint = Checkpoint(run, accelerator, keep, ema, guard, parts)
+    first = checkpoint.resume()
 
     # 4. Loop
     plan = batch_plan(training, accelerator)
-    last = min(total, first + 3) if launch.dry_run else total
-    batches = latent_batches(cache, plan, config.seed, first, last)
-    if not launch.dry_run:
-        accelerator.init_trackers("logs")
+    steps = trial_steps(total, 0) if launch.dry_run else range(first, total)
+    batches = latent_batches(cache, plan, config.seed, first, first + len(steps))
     log = TrainingLog(accelerator, run.folder, first, total, plan.global_size, quiet=launch.dry_run)
-    started = time.perf_counter()
-    for step in range(first, last):
-        set_learning_rate(optimizer, learning_rate(step, total, config.optimizer))
-        parts: list[dict[str, torch.Tensor]] = []
-        for _ in range(training.gradient_accumulation_steps):
-            batch = next(batches)
-            with accelerator.accumulate(model):
-                parts.append(task.loss(batch.to(accelerator.device), step, plan.global_size))
-                accelerator.backward(parts[-1]["loss"])
-        terms = averaged(parts)
-        terms["gradient_norm"] = scaling.clip(optimizer, parameters, config.optimizer.max_grad_norm)
-        if guard.allows(terms["gradient_norm"], f"step {step}"):
-            scaling.step(optimizer)
-            ema.update()
-        else:
-            scaling.skip()
-        optimizer.zero_grad()
-        log.add(terms)
+    mean = mean_over_processes(accelerator)
+    by_timestep = TimestepLosses(config.diffusion.num_train_timesteps, mean)
+    bare, drawn = dataclasses.replace(task, model=network), trained_model(config, vae, network)
+    validate = partial(validate_ldm, bare, drawn, ema, held_out, config, run, log, stop)
+    if run.lacks_sample(first, config.validation.steps, total):
+        validate(first)
+    trial.mark("start", 1)
+    with stop.deferred(), last_state_named(run):
+        for step in steps:
+            rate = learning_rate(step, total, config.optimizer)
+            set_learning_rate(optimizer, rate)
+            losses: list[torch.Tensor] = []
+            for _ in range(training.gradient_accumulation_steps):
+                with log.waiting():
+                    batch = next(batches).to(accelerator.device)
+                with accelerator.accumulate(model):
+                    loss = task.loss(batch, step, plan.global_size)
+                    accelerator.backward(loss.loss)
+                losses.append(loss.loss.detach())
+                by_timestep.add(loss.rows, loss.t)
+            terms = {"loss": mean(torch.stack(losses).mean())}
+            terms["gradient_norm"] = scaling.clip(optimizer, parameters, config.optimizer.max_grad_norm)
+            refusal = guard.refusal(terms["loss"], terms["gradient_norm"], f"step {step}")
+            if refusal is None:
+                scaling.step(optimizer)
+                ema.update()
+            else:
+                scaling.skip()
+            optimizer.zero_grad()
+            log.say(refusal)
+            log.add(terms)
 
-        done = step + 1
-        if launch.dry_run:
-            continue
-        if done % training.logging_steps == 0 or done == total:
-            log.report(done)
-        if done % config.validation.steps == 0 or done == total:
-            if accelerator.is_main_process:
-                with ema.applied():
-                    sample_grid(trained_model(config, vae, network), config, run, log, done)
-            accelerator.wait_for_everyone()
-        stopping = stop.requested(accelerator)
-        if done % training.checkpointing_steps == 0 or done == total or stopping:
-            save(done)
-        if stopping:
-            stop.leave()
+            done = step + 1
+            if launch.dry_run:
+                trial.mark("step", total)
+                continue
+            if due(done, training.logging_steps, total):
+                facts = {"learning_rate": rate, "skipped_updates": guard.total}
+                log.report(done, {**facts, **by_timestep.means()})
+            if due(done, config.validation.steps, total):
+                validate(done)
+            stopping = stop.requested(accelerator)
+            if due(done, training.checkpointing_steps, total) or stopping:
+                checkpoint.save(done, log.say)
+            if stopping:
+                stop.leave()
     if launch.dry_run:
-        print(dump_config(config))
-        print(dry_run_report((time.perf_counter() - started) / max(1, last - first), total))
+        validate(total)
+        trial.mark("validation", total / config.validation.steps)
+        checkpoint.save(total, log.say)
+        trial.mark("save", total / training.checkpointing_steps)
+        accelerator.print(dump_config(config) + trial.report(run.state(total)))
         return
 
     # 5. Export
@@ -185,67 +164,6 @@ def main() -> None:
         log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()
-
-
-def trial_data(data: DataConfig) -> DataConfig:
-    """Few enough samples for a dry run."""
-    return dataclasses.replace(data, max_train_samples=min(data.max_train_samples or TRIAL_SAMPLES, TRIAL_SAMPLES))
-
-
-def encoded_data(
-    config: LdmTraining,
-    vae: Autoencoder,
-    folder: Path,
-    accelerator: Accelerator,
-    skips: SkipCounter,
-    stop: StopSignal,
-) -> LatentCache:
-    """The latent cache of the training data; encoded by all processes together unless a valid one exists."""
-    source = build_source(config.data, config.data.split, config.seed)
-    settings = CacheSettings(
-        source=source.name,
-        num_samples=len(source),
-        resolution=config.data.resolution,
-        center_crop=config.data.center_crop,
-        random_flip=config.data.random_flip,
-        autoencoder=weights_hash(vae),
-        dtype=config.latents.dtype,
-    )
-
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        chunks = torch.split(x, config.latents.batch_size)
-        with torch.no_grad():
-            return torch.cat([vae.moments(chunk.to(accelerator.device)).cpu() for chunk in chunks])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        check_settings(folder, settings)
-    if not is_complete(folder):
-        size, shards = config.latents.shard_size, shard_count(len(source), config.latents.shard_size)
-        with tqdm(total=len(source), desc="encoding", disable=not accelerator.is_main_process) as bar:
-
-            def progress(count: int) -> None:
-                bar.update(count)
-                if stop.number:
-                    stop.leave()
-
-            build_cache(
-                folder,
-                source,
-                settings,
-                encode,
-                config.latents.batch_size,
-                size,
-                skips,
-                accelerator.process_index,
-                accelerator.num_processes,
-                progress,
-            )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish_cache(folder, shards)
-        accelerator.wait_for_everyone()
-    return LatentCache(folder, settings)
 
 
 def trained_model(config: LdmTraining, vae: Autoencoder, network: ConditionedUNet) -> Model:
@@ -260,19 +178,6 @@ def trained_model(config: LdmTraining, vae: Autoencoder, network: ConditionedUNe
         "training": dump_config(config),
     }
     return Model(vae, network.unet, network.text_encoder, config.diffusion, settings)
-
-
-def sample_grid(model: Model, config: LdmTraining, run: RunDir, log: TrainingLog, step: int) -> None:
-    """Pictures of the fixed prompts and seeds, labelled; training is left exactly as it was."""
-    prompts = list(config.validation.validation_prompts) or [""]
-    device = log.accelerator.device
-    training = [part.training for part in (model.unet, model.text_encoder)]
-    images = TextToImage(model, device, torch.float32)(prompts, seed=config.validation.seed)
-    for part, mode in zip((model.unet, model.text_encoder), training, strict=True):
-        part.train(mode)
-    grid = image_grid(images, labels=prompts, min_side=128)
-    grid.save(run.samples / f"step_{step:06d}.png")
-    tracker_image(log.accelerator, "samples", grid, step)
 
 
 if __name__ == "__main__":

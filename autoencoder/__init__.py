@@ -28,10 +28,9 @@ from autoencoder.losses import (
 )
 from autoencoder.model import AutoencoderKL, Reconstruction
 from autoencoder.perceptual import LPIPS, EfficientNetFeatureDistance, PerceptualLoss
-from autoencoder.reading import Autoencoder, read_autoencoder
 from autoencoder.strips import strip_decode
 from autoencoder.tiling import sliced_decode, tiled_decode, tiled_encode
-from autoencoder.vq import CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
+from autoencoder.vq import Autoencoder, CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
 
 __all__ = [
     "LPIPS",
@@ -67,7 +66,6 @@ __all__ = [
     "last_layer_gradient",
     "nll",
     "r1_penalty",
-    "read_autoencoder",
     "reconstruction",
     "sliced_decode",
     "strip_decode",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.gaussian import DiagonalGaussian
-from autoencoder.reading import Autoencoder
-from autoencoder.vq import VQModel
+from autoencoder.vq import Autoencoder, VQModel
 
 Decode = Callable[[Autoencoder, Tensor], Tensor]
 """(autoencoder, raw latents [B, C, h, w]) -> images [B, 3, f*h, f*w]; `strip_decode` and `tiled_decode` are two."""
@@ -124,9 +123,13 @@ class LatentCodec:
         return (raw - self.shift.to(raw)) * self.scale.to(raw)
 
     def decode(self, z: Tensor, network: Decode = whole_decode) -> Tensor:
-        """Images in [-1, 1], float32, from latents z; those of a `VQModel` are put on the codebook first."""
+        """Images in [-1, 1], float32, from latents z; those of a `VQModel` are put on the codebook first.
+
+        What is infinite becomes NaN, not white or black.
+        """
         raw = self.vae.project((z / self.scale.to(z) + self.shift.to(z)).to(self.vae.dtype))
-        return network(self.vae, raw).float().clamp(-1.0, 1.0)
+        image = network(self.vae, raw).float()
+        return image.masked_fill(image.isinf(), torch.nan).clamp(-1.0, 1.0)
 
     def _per_channel(self, name: str, value: Tensor | float) -> Tensor:
         """`value` shaped to broadcast against [B, C, h, w]."""

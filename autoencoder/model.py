@@ -6,7 +6,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -109,13 +109,6 @@ class ConvolutionalAutoencoder(nn.Module, ABC):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images x [B, 3, H, W] in [-1, 1], encoded without noise and decoded, not clamped."""
         return self.decode(self.project(self.moments(x).chunk(2, dim=1)[0]))
-
-    def codebook_state(self) -> dict[str, Tensor]:
-        """What training needs beside the weights to go on; nothing without a codebook."""
-        return {}
-
-    def load_codebook_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `codebook_state` gave."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and diffusion_pytorch_model.safetensors; each file appears whole."""

@@ -17,6 +17,7 @@ from autoencoder.gaussian import LEAST_LOGVAR
 from autoencoder.model import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    AutoencoderKL,
     ConvolutionalAutoencoder,
     load_weights,
     read_config,
@@ -241,6 +242,10 @@ class VQModel(ConvolutionalAutoencoder):
             model = cls(config, update)
         load_weights(model, folder / WEIGHTS_NAME, device, dtype)
         return model.eval()
+
+
+Autoencoder = AutoencoderKL | VQModel
+"""Either kind of first stage."""
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def gradient_difference(args: argparse.Namespace) -> float:
 
 
 def worker(side: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Makes one step for every number that the pipe gives, until None, and answers with its processor time in seconds."""
+    """Makes one step for every number that the pipe gives, until None; answers with its processor time."""
     torch.set_num_threads(1)
     parts = Parts(args)
     step = {"ours": our_step, "straightforward": straightforward_step}[side](parts)

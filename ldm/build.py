@@ -108,7 +108,7 @@ def build_autoencoder(config: AutoencoderTraining) -> Autoencoder:
             return AutoencoderKL.from_scratch(config.autoencoder, seed)
         return VQModel.from_scratch(vq_config(config), seed, update)
     try:
-        vae = read_vae(resolve(config.pretrained), update).train()
+        vae = read_vae(resolve(config.pretrained), update=update).train()
     except ValueError as error:
         raise ConfigError(f"`pretrained`: {error}") from error
     if config.data.resolution % vae.downsample_factor:

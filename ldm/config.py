@@ -17,6 +17,8 @@ from ldm.process.schedule import DiffusionConfig
 from ldm.process.weighting import Weighting
 from ldm.sampling import named_sampler
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is the sentence shown to the user."""
@@ -105,7 +107,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop: how long, how much at once, how often to save. Steps are optimiser steps."""
+    """The loop: how long, how much at once, how often to save. Steps are optimiser steps.
+
+    `skip_loss_spikes` skips an update whose loss lies more than that many standard deviations above the last 200.
+    `report_to` is `none` or names of trackers with commas between them.
+    """
 
     max_train_steps: int = 1000
     train_batch_size: int = 16
@@ -117,7 +123,9 @@ class TrainingConfig:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     logging_steps: int = 20
+    skip_loss_spikes: float | None = None
     report_to: str = "tensorboard"
+    tracker_project_name: str = "ldm"
 
     def __post_init__(self) -> None:
         _require_at_least(
@@ -131,6 +139,10 @@ class TrainingConfig:
             "checkpoints_total_limit",
             "logging_steps",
         )
+        _require_positive(self, "training", "skip_loss_spikes")
+        for name in self.report_to.split(","):
+            accepted = name in TRACKERS or self.report_to == "none"
+            _require(accepted, f"`training.report_to` has {name!r}; accepted: none, {', '.join(TRACKERS)}")
         _require(0 <= self.ema_decay < 1, f"`training.ema_decay` is {self.ema_decay}; it must lie in [0, 1)")
 
 
@@ -220,9 +232,13 @@ class ReconstructionValidation:
 
 @dataclass(frozen=True)
 class SampleValidation:
-    """A grid of images for fixed prompts and seeds, every `steps`."""
+    """Every `steps`: a grid of images for fixed prompts and seeds, and the loss of the averaged weights.
+
+    The loss is that of `num_loss_samples` validation pictures under fixed noise at evenly spaced noise levels.
+    """
 
     steps: int = 1000
+    num_loss_samples: int = 64
     validation_prompts: tuple[str, ...] = ()
     sampler: str = "ddim"
     num_inference_steps: int = 25
@@ -231,6 +247,7 @@ class SampleValidation:
 
     def __post_init__(self) -> None:
         _require_at_least(self, "validation", 1, "steps", "num_inference_steps")
+        _require_at_least(self, "validation", 0, "num_loss_samples")
         try:
             named_sampler(self.sampler)
         except ValueError as error:

@@ -108,6 +108,7 @@ class TextToImage:
 
         Raises:
             ValueError: naming the argument that is out of range.
+            FloatingPointError: a picture is not finite even with the decoder in float32.
         """
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
@@ -136,11 +137,26 @@ class TextToImage:
             z = draw(denoise, x, self.schedule, visited, rng, callback)
             if keep is not None and start is not None:
                 z = torch.lerp(z, start.expand_as(z), keep)
-            for row in torch.split(z.to(self.dtype), 1):
-                images.extend(to_images(self.codec.decode(row, DECODERS[tiled])))
+            for row in torch.split(z, 1):
+                images.extend(to_images(self._decode(row, DECODERS[tiled])))
             if progress is not None:
                 progress(len(rows))
         return images
+
+    def _decode(self, z: Tensor, network: Decode) -> Tensor:
+        """The picture [1, 3, H, W] of one row of latents; where the decoder overflows in half precision, in float32."""
+        image = self.codec.decode(z.to(self.dtype), network)
+        if not image.isfinite().all() and self.dtype != torch.float32:
+            self.model.vae.float()
+            image = self.codec.decode(z, network)
+            self.model.vae.to(self.dtype)
+        if image.isfinite().all():
+            return image
+        part = "decoder" if z.isfinite().all() else "U-Net"
+        raise FloatingPointError(
+            f"the {part} gave values that are not finite in {self.dtype}, so there is no picture; its weights are "
+            "damaged or, in half precision, its values too large: try dtype float32"
+        )
 
     def _denoiser(self, texts: Sequence[str], negative: str, scale: float) -> Denoiser:
         encoder = self.model.text_encoder

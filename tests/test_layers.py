@@ -13,18 +13,20 @@ ROOT = Path(__file__).parent.parent
 OWN = ("autoencoder", "conditioning", "ldm", "train_autoencoder", "train_ldm")
 LAYERS = {
     1: ("autoencoder", "conditioning", "ldm.process", "ldm.networks", "ldm.seeds"),
-    2: ("ldm.sampling", "ldm.adapters", "ldm.data"),
-    3: ("ldm.tasks", "ldm.pipeline", "ldm.pretrained"),
+    2: ("ldm.sampling", "ldm.adapters", "ldm.data", "ldm.interop"),
+    3: ("ldm.tasks", "ldm.pipeline", "ldm.pretrained", "ldm.single_file"),
     4: ("ldm.config", "ldm.config_file", "ldm.build", "ldm.training", "ldm.evaluation"),
     5: ("ldm", "ldm.cli", "ldm.serving", "train_autoencoder", "train_ldm"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 NEIGHBOURS = {
     ("ldm.pipeline", "ldm.pretrained"),
+    ("ldm.pretrained", "ldm.single_file"),
     ("ldm.build", "ldm.config"),
     ("ldm.config_file", "ldm.config"),
     ("ldm.training", "ldm.config"),
     ("ldm.training", "ldm.config_file"),
+    ("ldm.training", "ldm.evaluation"),
     ("ldm", "ldm.pipeline"),
 }
 """The imports within a layer that the plan allows below the top: the parts of a room that spans several files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ldm.data.transforms import to_tensor
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
+CLOCK = {"images_per_second", "step_seconds", "data_wait_share", "seconds", "peak_memory_gib"}
 STAGE_ONE: dict[str, Any] = {
     "data": {"source": "shapes", "resolution": 32, "max_train_samples": 64, "max_validation_samples": 8},
     "autoencoder": {
@@ -118,7 +120,8 @@ POISONED_STAGE_TWO = """
 from ldm.tasks import text_to_image
 loss = text_to_image.TextToImageTask.loss
 def poisoned(self, batch, step, size):
-    return {name: value * (float("nan") if step == 4 else 1.0) for name, value in loss(self, batch, step, size).items()}
+    found = loss(self, batch, step, size)
+    return found._replace(loss=found.loss * (float("nan") if step == 4 else 1.0))
 text_to_image.TextToImageTask.loss = poisoned
 """
 
@@ -152,13 +155,29 @@ def train(script: str, *argv: str, patch: str = "") -> subprocess.CompletedProce
 
 
 def train_on_two(script: str, *argv: str, patch: str = "") -> list[subprocess.CompletedProcess[str]]:
-    """Two ranks as torchrun starts them; `accelerate launch --cpu --num_processes 2` starts one."""
+    """Two ranks as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     return [finished(process) for process in [begin(script, list(argv), patch, env) for env in ranks]]
+
+
+def accelerate_launch(script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The documented command for two processes on the CPU, as a user types it."""
+    command = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        script,
+        *argv,
+    ]
+    unset = {"ACCELERATE_USE_CPU", "OMP_NUM_THREADS"}
+    env = {name: value for name, value in environment().items() if name not in unset}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def config_file(folder: Path, content: dict[str, Any]) -> str:
@@ -194,8 +213,8 @@ def assert_same_curve(one: Path, other: Path, rtol: float = 1e-3) -> None:
     expected, found = metrics(one), metrics(other)
     assert sorted(expected) == sorted(found) == list(range(1, STEPS + 1))
     for step, row in expected.items():
-        names = row.keys() - {"images_per_second", "seconds"}
-        assert names == found[step].keys() - {"images_per_second", "seconds"}
+        names = row.keys() - CLOCK
+        assert names == found[step].keys() - CLOCK
         for name in names:
             assert found[step][name] == pytest.approx(row[name], rel=rtol, abs=1e-5), (step, name)
 
@@ -230,7 +249,8 @@ def test_stage_one_leaves_a_complete_run_folder(autoencoder: Path) -> None:
     assert list((autoencoder / "logs").rglob("events.out.tfevents*"))
     rows = metrics(autoencoder)
     assert sorted(rows) == list(range(1, STEPS + 1))
-    assert all({"nll", "kl", "l1", "gradient_norm"} <= row.keys() for row in rows.values())
+    assert all({"nll", "kl", "l1", "gradient_norm", "learning_rate", *CLOCK} <= row.keys() for row in rows.values())
+    assert all(0 <= row["data_wait_share"] <= 1 for row in rows.values())
     assert ["discriminator" in rows[step] for step in rows] == [False] * 3 + [True] * 3
     assert "validation_psnr" in rows[3] and "validation_psnr" in rows[6]
 
@@ -261,10 +281,9 @@ def test_stage_one_stopped_and_killed_ends_at_the_same_bits(autoencoder: Path, w
 
 def test_stage_one_on_two_processes_is_the_same_training(autoencoder: Path, workshop: Path) -> None:
     run = workshop / "two_autoencoders"
-    done = train_on_two(
-        "train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--training.train_batch_size", "4"
-    )
-    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    argv = ("--config", config_file(run, STAGE_ONE), "--training.train_batch_size", "4")
+    done = accelerate_launch("train_autoencoder.py", *argv)
+    assert done.returncode == 0, done.stderr
     assert_same_curve(autoencoder, run)
     assert_weights_close(autoencoder, run, "vae", atol=1e-4)
 
@@ -284,7 +303,9 @@ def test_a_dry_run_of_stage_one_writes_nothing(workshop: Path) -> None:
     done = train("train_autoencoder.py", "--config", config_file(run, STAGE_ONE), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "block_out_channels:" in done.stdout and "M parameters" in done.stdout
-    assert " s per step, about " in done.stdout and " min for 6 steps; peak memory" in done.stdout
+    for phase in (" s per step, ", " s per step with the discriminator, ", " s per validation, ", " s per save; "):
+        assert phase in done.stdout
+    assert re.search(r"about [0-9.]+ min in all; peak memory [0-9.]+ GiB; a state takes [0-9.]+ MiB", done.stdout)
     assert not run.exists()
 
 
@@ -322,7 +343,7 @@ def assert_untouched(run: Path, parts: tuple[str, ...]) -> None:
         final = load_file(after / f"{part}.safetensors")
         assert all(torch.isfinite(value).all() for value in final.values())
         assert (after / f"{part}.safetensors").read_bytes() != (before / f"{part}.safetensors").read_bytes()
-    assert None in metrics(run)[5].values()
+    assert None in metrics(run)[5].values() and metrics(run)[5]["skipped_updates"] == 1
 
 
 # --- stage one with a codebook
@@ -398,7 +419,12 @@ def ldm(workshop: Path, stage_two: dict[str, Any]) -> Path:
 def test_stage_two_writes_a_model_that_the_command_draws_with(ldm: Path, tmp_path: Path) -> None:
     assert states(ldm) == ["step_000004", "step_000006"]
     assert sorted(p.name for p in (ldm / "samples").iterdir()) == ["step_000003.png", "step_000006.png"]
-    assert all({"loss", "gradient_norm"} <= row.keys() for row in metrics(ldm).values())
+    rows = metrics(ldm)
+    assert all({"loss", "gradient_norm", "learning_rate", *CLOCK} <= row.keys() for row in rows.values())
+    assert "validation_loss" in rows[3] and "validation_loss" in rows[6]
+    for row in rows.values():
+        parts = [value for name, value in row.items() if name.startswith("loss_t_")]
+        assert parts and min(parts) <= row["loss"] <= max(parts)
     assert (ldm / "export/README.md").read_text().startswith("# ")
     report = generate.run(["-p", "a red circle", "-m", str(ldm / "export"), "-o", str(tmp_path / "out.png"), "--json"])
     assert report["settings"]["steps"] == 2 and report["settings"]["sampler"] == "ddim"
@@ -430,8 +456,8 @@ def test_stage_two_on_two_processes_is_the_same_training(ldm: Path, workshop: Pa
     stopped = train_on_two(*command, patch=AFTER_UPDATE.format(updates=3, signal="SIGTERM", rank=1))
     assert [d.returncode for d in stopped] == [143, 143], stopped[0].stderr + stopped[1].stderr
     assert states(run) == ["step_000002", "step_000003"]
-    done = train_on_two(*command)
-    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    done = accelerate_launch(*command)
+    assert done.returncode == 0, done.stderr
     assert_same_curve(ldm, run)
     assert_weights_close(ldm, run, "unet", atol=1e-4)
 
@@ -454,7 +480,7 @@ def test_a_dry_run_of_stage_two_writes_nothing(
     done = train("train_ldm.py", "--config", config_file(run, stage_two), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "max_train_samples: 64" in done.stdout and "U-Net 0.20 M" in done.stdout
-    assert " s per step, about " in done.stdout
+    assert " s per 64 encoded pictures, " in done.stdout and " s per validation, " in done.stdout
     assert not run.exists() and list(scratch.iterdir()) == []
 
 

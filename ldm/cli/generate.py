@@ -122,12 +122,12 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point: exit code 2 and one sentence on bad input, 130 when interrupted."""
+    """Entry point: one sentence and exit code 2 on bad input, 1 for values not finite; 130 when interrupted."""
     try:
         result = run(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     if "--json" in sys.argv:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,12 @@ def collate(samples: list[dict[str, Any]]) -> PixelBatch:
     )
 
 
+def outlive_signals(worker: int) -> None:
+    """Leaves SIGTERM and Ctrl-C to the main process, which needs its workers to finish the step before it saves."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def pixel_batches(
     source: Source, transform: Transform, plan: BatchPlan, seed: int, first_step: int, last_step: int, workers: int = 0
 ) -> Iterator[PixelBatch]:
@@ -124,6 +131,7 @@ def pixel_batches(
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +22,9 @@ class Bottled(NamedTuple):
 
 
 class Bottleneck(Protocol):
-    """A latent space under training."""
+    """A latent space under training; `term` names the unweighted regulariser among its terms."""
+
+    term: str
 
     def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
         """Encodes and decodes images [B, 3, H, W] with the model, which may be wrapped; draws from `rows`, one each."""
@@ -30,6 +32,10 @@ class Bottleneck(Protocol):
 
     def remember(self) -> None:
         """Called once an update has happened, by every process."""
+        ...
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        """What a run's state must hold beside the weights."""
         ...
 
 
@@ -43,6 +49,8 @@ class GaussianBottleneck:
         latent_shape: (C, h, w).
     """
 
+    term = "kl"
+
     def __init__(self, weight: float, latent_shape: tuple[int, ...]) -> None:
         self.weight, self.latent_shape = weight, latent_shape
 
@@ -54,6 +62,9 @@ class GaussianBottleneck:
 
     def remember(self) -> None:
         """There is nothing to remember."""
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        return {}
 
 
 class CodebookBottleneck:
@@ -69,6 +80,8 @@ class CodebookBottleneck:
         weight, commitment: 1 and 0.25 in the published recipe.
         reduce_mean: averages a tensor over all processes.
     """
+
+    term = "commitment"
 
     def __init__(self, vae: VQModel, weight: float, commitment: float, reduce_mean: Callable[[Tensor], Tensor]) -> None:
         self.vae, self.weight, self.commitment, self.reduce_mean = vae, weight, commitment, reduce_mean
@@ -93,6 +106,16 @@ class CodebookBottleneck:
         if self.vae.quantize.update.rule == "ema":
             statistics = self.reduce_mean(torch.stack(self.gathered).mean(0))
             self.vae.update_codebook(statistics[:, 0], statistics[:, 1:])
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        return {} if self.vae.quantize.update.rule == "loss" else {"codebook": self}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The codebook's averages; to be loaded after the weights."""
+        return self.vae.codebook_state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.vae.load_codebook_state(state)
 
     def _gather(self, step: int, latents: Tensor, indices: Tensor) -> None:
         if step != self.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from ldm.networks import UNet
 from ldm.process import Objective
 from ldm.sampling import randn_rows
 from ldm.seeds import generator, row_uniform
+
+
+class DenoisingLoss(NamedTuple):
+    """The mean to call backward on; the loss of every example [B] and its timestep [B]."""
+
+    loss: Tensor
+    rows: Tensor
+    t: Tensor
 
 
 class ConditionedUNet(nn.Module):
@@ -44,24 +53,43 @@ class TextToImageTask:
     sample_posterior: bool
     seed: int
 
-    def loss(self, batch: LatentBatch, step: int, global_size: int) -> dict[str, Tensor]:
+    def loss(self, batch: LatentBatch, step: int, global_size: int) -> DenoisingLoss:
         """DDPM's Algorithm 1 (Ho et al. 2020) with captions dropped for classifier-free guidance (Ho & Salimans 2022).
 
         Every row draws from its own generator, keyed by (seed, step, row), so the draws do not depend on how rows are
         spread over processes. Timesteps are stratified over the global batch: u = frac(u_0 + row / B) (Kingma et al.
         2021, app. I.1).
         """
-        device = batch.moments.device
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]
-        shape = (len(rows), batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-        noise = randn_rows(shape, rows).to(device) if self.sample_posterior else None
-        x0 = self.codec.from_moments(batch.moments, noise)
-        eps = randn_rows(shape, rows).to(device)
+        noise = randn_rows(_latent_shape(batch), rows) if self.sample_posterior else None
+        eps = randn_rows(_latent_shape(batch), rows)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
-        noised = self.objective.noise(x0, eps, u)
         ids = drop_captions(
             self.text_encoder.tokenize(batch.captions), self.null_ids, self.proportion_empty_prompts, row_uniform(rows)
         )
+        return self._denoising(batch, noise, eps, u, ids)
+
+    @torch.no_grad()
+    def validation_loss(self, batch: LatentBatch, count: int) -> DenoisingLoss:
+        """The loss on fixed examples under fixed noise: the same draws each time, captions kept, posterior means.
+
+        Row r of `count` has its own noise and the middle of the r-th part of the noise levels.
+        """
+        eps = randn_rows(_latent_shape(batch), [generator(self.seed, "validation", row) for row in batch.rows])
+        u = (torch.tensor(batch.rows) + 0.5) / count
+        return self._denoising(batch, None, eps, u, self.text_encoder.tokenize(batch.captions))
+
+    def _denoising(
+        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, u: Tensor, ids: Tensor
+    ) -> DenoisingLoss:
+        device = batch.moments.device
+        x0 = self.codec.from_moments(batch.moments, None if noise is None else noise.to(device))
+        noised = self.objective.noise(x0, eps.to(device), u)
         raw = self.model(noised.x_t, noised.t, ids.to(device))
-        return {"loss": self.objective.loss(raw.float(), noised).mean()}
+        rows = self.objective.loss(raw.float(), noised)
+        return DenoisingLoss(rows.mean(), rows.detach(), noised.t)
+
+
+def _latent_shape(batch: LatentBatch) -> tuple[int, ...]:
+    return (len(batch.rows), batch.moments.shape[1] // 2, *batch.moments.shape[2:])

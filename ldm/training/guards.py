@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, pstdev
 from typing import Protocol
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 from autoencoder import Autoencoder, DiagonalGaussian, LatentStatistics, VQModel
 from autoencoder.vq import codebook_usage
 
+SKIPS_IN_A_ROW = 10
+"""So many updates in a row that must not happen end a run."""
+
 
 def named_batch(step: int, keys: Sequence[str], most: int = 32) -> str:
     """A step and the names of the samples it saw, for instance `step 7 (a.png, b.png)`; beyond `most` only a count."""
@@ -19,29 +24,63 @@ def named_batch(step: int, keys: Sequence[str], most: int = 32) -> str:
     return f"step {step} ({', '.join([*keys[:most], *rest])})"
 
 
-class NonFiniteGuard:
-    """Counts updates that were skipped because a loss or gradient was not finite; stops after `limit` in a row."""
+class UpdateGuard:
+    """Decides before every update whether it may happen, counts those that may not, and stops after `limit` in a row.
 
-    def __init__(self, limit: int = 10) -> None:
-        self.limit, self.in_a_row, self.total = limit, 0, 0
+    A loss or gradient that is not finite never passes. With `spike` given, neither does a loss that lies more than
+    `spike` standard deviations (at least 1 % of the mean's size) above the mean of the last `window` losses; it is
+    judged once a quarter of the window is known. A spike enters the window cut to that bound, so that a lasting change
+    of level is accepted after a while. The window is part of a run's state.
+    """
 
-    def allows(self, norm: Tensor, where: str) -> bool:
-        """True when the update may happen.
+    def __init__(self, spike: float | None = None, window: int = 200, limit: int = SKIPS_IN_A_ROW) -> None:
+        self.spike, self.limit = spike, limit
+        self.losses: deque[float] = deque(maxlen=window)
+        self.in_a_row, self.total = 0, 0
+
+    def refusal(self, loss: Tensor, norm: Tensor, where: str) -> str | None:
+        """Why the update must not happen, as one line; None when it may.
+
+        Args:
+            loss, norm: the loss and the gradient's norm, scalars that are the same in every process.
+            where: the step and its samples, for the message.
 
         Raises:
-            FloatingPointError: after `limit` skipped updates in a row, naming the last batch.
+            FloatingPointError: after `limit` refusals in a row, naming the last batch.
         """
-        if bool(torch.isfinite(norm)):
+        reason = self._reason(*torch.stack([loss.float(), norm.float()]).tolist())
+        if reason is None:
             self.in_a_row = 0
-            return True
+            return None
         self.in_a_row += 1
         self.total += 1
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.limit} updates in a row had a non-finite loss or gradient, the last at {where}; "
-                "lower optimizer.learning_rate or look at those samples"
+                f"{self.limit} updates in a row were skipped, the last at {where}: {reason}; lower "
+                "optimizer.learning_rate or look at those samples"
             )
-        return False
+        return f"{where}: {reason}, no update"
+
+    def _reason(self, loss: float, norm: float) -> str | None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return "a loss or gradient is not finite"
+        bound = self._bound()
+        if self.spike is not None:
+            self.losses.append(min(loss, bound))
+        return f"a loss of {loss:.4g} above {bound:.4g} is a spike" if loss > bound else None
+
+    def _bound(self) -> float:
+        if self.spike is None or 4 * len(self.losses) < (self.losses.maxlen or 0):
+            return math.inf
+        middle = fmean(self.losses)
+        return middle + self.spike * max(pstdev(self.losses, middle), 0.01 * abs(middle))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        self.losses.clear()
+        self.losses.extend(state.get("losses", []))
 
 
 class DiscriminatorWatch:
@@ -88,7 +127,7 @@ class LatentWatch(Protocol):
         ...
 
 
-def watched_latents(vae: Autoencoder, batches: Sequence[Tensor]) -> LatentWatch:
+def watched_latents(vae: Autoencoder, batches: Iterable[Tensor]) -> LatentWatch:
     """The watch that fits the model, having seen images [B, 3, H, W] in batches."""
     if isinstance(vae, VQModel):
         return CodebookWatch.of(vae, batches)
@@ -110,7 +149,7 @@ class CodebookWatch:
         self.reachable = min(1.0, indices.numel() / codes)
 
     @classmethod
-    def of(cls, vae: VQModel, batches: Sequence[Tensor]) -> CodebookWatch:
+    def of(cls, vae: VQModel, batches: Iterable[Tensor]) -> CodebookWatch:
         """A watch that has seen images [B, 3, H, W] in batches."""
         seen = [vae.quantize(vae.encode(images)).indices.flatten() for images in batches]
         return cls(torch.cat(seen), vae.config.num_vq_embeddings)

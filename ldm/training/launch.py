@@ -1,52 +1,99 @@
-"""What both training scripts do before and around their loops: placement, signals, sizes, the run folder's state."""
+"""What both training scripts do before and around their loops: placement, trackers, sizes, exit codes."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
 import os
-import resource
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
-from ldm.config import ConfigError, TrainingConfig
+from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, TrainingConfig
+from ldm.config_file import Launch, dump_config
 from ldm.data.order import BatchPlan
+from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PR_SET_PDEATHSIG = 1
-REPEAT_SECONDS = 2.0
 
 
-def place(config: TrainingConfig, run: RunDir, seed: int) -> Accelerator:
-    """The accelerator: devices, precision and accumulation. On CPU everything is fp32, whatever the config says."""
+def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
+    """The accelerator: processes, devices, precision and accumulation. On CPU everything is fp32, whatever is asked."""
+    refuse_sharding()
     keep_heap()
-    use_all_cores()
     stop_with_parent()
+    start_all_processes()
+    use_all_cores()
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    precision = config.mixed_precision if on_gpu else "no"
+    training, folder = config.training, config.output_dir
     accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=str(run.folder),
+        mixed_precision=training.mixed_precision if on_gpu else "no",
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        log_with=trackers(training.report_to),
+        project_config=ProjectConfiguration(folder, os.path.join(folder, "logs")),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    set_seed(seed)
+    set_seed(config.seed)
     return accelerator
+
+
+def refuse_sharding() -> None:
+    """Raises a ConfigError under accelerate's sharded modes: state, average and guard need whole weights."""
+    for mode in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate was asked for {mode}, which shards the weights; every process needs them whole here, so "
+                "take train_configs/accelerate/ddp.yaml"
+            )
+
+
+def trackers(report_to: str) -> list[str]:
+    """Names of the trackers in `training.report_to`, which holds `none` or names with commas between them.
+
+    Raises:
+        ConfigError: the package of one of them is not installed.
+    """
+    names = [] if report_to == "none" else report_to.split(",")
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"`training.report_to` is {report_to!r}, but {name} is not installed; `pip install {name}`, or one of "
+                f"none, {', '.join(available)}"
+            )
+    return names
+
+
+def open_run(accelerator: Accelerator, config: AutoencoderTraining | LdmTraining, launch: Launch) -> RunDir:
+    """The run folder, locked and compared with the config, and its trackers; for a dry run a throw-away folder.
+
+    TensorBoard writes to `logs/`, and wandb keeps its own files there.
+
+    Raises:
+        ConfigError: the folder cannot be used, see `RunDir.prepare`.
+    """
+    if launch.dry_run:
+        return trial_run(accelerator)
+    run = RunDir(config.output_dir)
+    if accelerator.is_main_process:
+        run.prepare(dump_config(config), launch)
+    accelerator.wait_for_everyone()
+    wandb = {"dir": str(run.logs), "name": run.folder.name}
+    accelerator.init_trackers(config.training.tracker_project_name, init_kwargs={"wandb": wandb})
+    return run
 
 
 def trial_run(accelerator: Accelerator) -> RunDir:
@@ -55,7 +102,9 @@ def trial_run(accelerator: Accelerator) -> RunDir:
     broadcast_object_list(names)
     if accelerator.is_main_process:
         atexit.register(shutil.rmtree, names[0], ignore_errors=True)
-    return RunDir(names[0])
+    run = RunDir(names[0])
+    run.make_folders()
+    return run
 
 
 def keep_heap() -> None:
@@ -98,33 +147,9 @@ def mean_over_processes(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     return lambda value: accelerator.reduce(value, reduction="mean")
 
 
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a request to save and leave; the second one ends the process at once.
-
-    A launcher passes on what the terminal has already sent, so what follows within two seconds is the same signal.
-    """
-
-    def __init__(self) -> None:
-        self.number, self.since = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.number and time.monotonic() - self.since > REPEAT_SECONDS:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-
-    def requested(self, accelerator: Accelerator) -> bool:
-        """True in every process once any of them was signalled."""
-        if accelerator.num_processes > 1:
-            flag = torch.tensor([self.number], device=accelerator.device)
-            self.number = int(accelerator.gather(flag).max())
-        return self.number != 0
-
-    def leave(self) -> NoReturn:
-        """Ends the process with the exit code that the signal asks for: 143 or 130."""
-        sys.exit(128 + self.number)
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something is done after `step` steps: every `every` steps, and at the end."""
+    return step % every == 0 or step == total
 
 
 def parameter_count(module: nn.Module) -> str:
@@ -132,27 +157,23 @@ def parameter_count(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
 
 
-def peak_memory() -> float:
-    """The process' largest resident memory so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def dry_run_report(seconds_per_step: float, steps: int) -> str:
-    """What `--dry-run` says after its trial steps."""
-    memory = f"peak memory so far {peak_memory():.2f} GiB"
-    if torch.cuda.is_available():
-        memory += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    minutes = seconds_per_step * steps / 60
-    return f"{seconds_per_step:.3f} s per step, about {minutes:.1f} min for {steps} steps; {memory}"
-
-
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's main function; bad input ends with one sentence on stderr and exit code 2."""
+    """Runs a command's main function; what ends it is one sentence on stderr.
+
+    The exit code is 2 for bad input, 1 for a loss that stays non-finite or a lost process, 130 for Ctrl-C.
+    """
     try:
         main()
-    except (ConfigError, ValueError, OSError, FloatingPointError) as error:
+    except (ConfigError, ValueError, OSError, FloatingPointError, LostProcess) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(1 if isinstance(error, (FloatingPointError, LostProcess)) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        print("error: another process of this training ended; what it said tells why", file=sys.stderr)
+        sys.exit(1)
 
 
 def tracker_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:

@@ -50,10 +50,14 @@ class LossScaling:
         if self.scaler is not None:
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
+    def parts(self) -> dict[str, LossScaling]:
+        """What belongs into a run's state: this, where anything is scaled."""
+        return {} if self.scaler is None else {"loss_scale": self}
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the scale of a state; a state that was saved without one leaves it at its start."""
-        if self.scaler is not None and state:
+        """Goes on with the scale of a state."""
+        if self.scaler is not None:
             self.scaler.load_state_dict(dict(state))

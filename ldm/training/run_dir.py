@@ -7,16 +7,18 @@ passed over and the newest intact one is used. There is no pickle.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from ldm.config_file import Launch, differences
 
 State = dict[str, Any]
 FORMAT = 1
+SPARE_BYTES = 1 << 20
 
 
 class RunDir:
@@ -47,8 +50,7 @@ class RunDir:
         """
         if launch.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not empty and --resume never was given; choose another output_dir")
-        for folder in (self.states, self.samples, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.make_folders()
         self._take_lock()
         path = self.folder / "config.yaml"
         if path.exists() and not launch.allow_config_change:
@@ -60,41 +62,79 @@ class RunDir:
                 )
         write_text(path, config_yaml)
 
+    def make_folders(self) -> None:
+        """Makes the folders for states, samples and logs."""
+        for folder in (self.states, self.samples, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+
     def _take_lock(self) -> None:
+        """A record lock, because a data-loading worker that outlives a killed run does not inherit it."""
         self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"{self.folder} is being used by another training process") from error
 
     def save(self, step: int, state: State, keep: int) -> None:
-        """Writes `state/step_NNNNNN` atomically, then removes all but the newest `keep` states."""
-        target = self.states / f"step_{step:06d}"
+        """Writes `state/step_NNNNNN` atomically, then removes all but the newest `keep` states.
+
+        A state of the same step that is there already is a damaged one, or this run would have started from it.
+
+        Raises:
+            OSError: the disk is too full or failed; the temporary folder is gone and the older states are untouched.
+        """
+        target = self.state(step)
         temporary = self.states / f".tmp_step_{step:06d}"
         for abandoned in self.states.glob(".tmp_step_*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         try:
+            self._check_space(state)
             write_state(temporary, state)
-        except Exception:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            sync_folder(self.states)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        sync_folder(self.states)
         self._prune(step, keep)
 
+    def _check_space(self, state: State) -> None:
+        needed, free = size_in_bytes(state) + SPARE_BYTES, shutil.disk_usage(self.states).free
+        if free < needed:
+            reason = f"a state needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+            raise OSError(errno.ENOSPC, reason, str(self.states))
+
     def _prune(self, step: int, keep: int) -> None:
-        """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would start from it."""
+        """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would start from it.
+
+        What cannot be removed stays; it is tried again after the next save.
+        """
         states = self.complete()
         reached = [folder for folder in states if _step(folder) <= step]
         for folder in states:
             if folder not in reached[-keep:]:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def sample(self, step: int) -> Path:
+        """Where the validation pictures after `step` steps belong."""
+        return self.samples / f"step_{step:06d}.png"
+
+    def lacks_sample(self, step: int, every: int, total: int) -> bool:
+        """Whether the validation that was due when step `step` was saved did not come to its end."""
+        return step > 0 and (step % every == 0 or step == total) and not self.sample(step).exists()
+
+    def state(self, step: int) -> Path:
+        """Where the state after `step` steps belongs."""
+        return self.states / f"step_{step:06d}"
 
     def complete(self) -> list[Path]:
         """Renamed states, oldest first."""
         folders = (p for p in self.states.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
         return sorted(folders, key=_step)
+
+    def newest_intact(self) -> Path | None:
+        """The newest state whose hashes are right."""
+        return next((folder for folder in reversed(self.complete()) if is_intact(folder)), None)
 
     def load_newest(self, warn: Any) -> tuple[int, State] | None:
         """The newest intact state and its step; damaged ones are named through `warn` and passed over."""
@@ -122,12 +162,19 @@ def write_state(folder: Path, state: State) -> None:
         tensors: dict[str, Tensor] = {}
         skeleton = json.dumps(_split(tree, name, tensors))
         write_text(folder / f"{name}.json", skeleton)
-        save_file(tensors, folder / f"{name}.safetensors")
-        sync_file(folder / f"{name}.safetensors")
+        _write_tensors(folder / f"{name}.safetensors", tensors)
         for file in (f"{name}.json", f"{name}.safetensors"):
             hashes[file] = file_hash(folder / file)
     write_text(folder / "manifest.json", json.dumps({"format": FORMAT, "sha256": hashes}, indent=1))
     sync_folder(folder)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    sync_file(path)
 
 
 def read_state(folder: Path) -> State:
@@ -136,18 +183,42 @@ def read_state(folder: Path) -> State:
     Raises:
         DamagedState: naming the file that is missing or changed.
     """
+    names = [file.removesuffix(".json") for file in checked_files(folder) if file.endswith(".json")]
+    return {name: _read_entry(folder, name) for name in names}
+
+
+def checked_files(folder: Path) -> list[str]:
+    """Names of a state's files, after checking every hash.
+
+    Raises:
+        DamagedState: naming the file that is missing or changed.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        version, hashes = manifest["format"], manifest["sha256"]
+        version, hashes = manifest["format"], dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"{folder}/manifest.json cannot be read") from error
     if version != FORMAT:
         raise DamagedState(f"{folder}/manifest.json has format {version!r}, not {FORMAT}")
     for file, expected in hashes.items():
-        if not (folder / file).is_file() or file_hash(folder / file) != expected:
+        if not _has_hash(folder / file, expected):
             raise DamagedState(f"{folder}/{file} is missing or damaged")
-    names = [file.removesuffix(".json") for file in hashes if file.endswith(".json")]
-    return {name: _read_entry(folder, name) for name in names}
+    return list(hashes)
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file of a state is there with its hash."""
+    try:
+        return bool(checked_files(folder))
+    except DamagedState:
+        return False
+
+
+def _has_hash(path: Path, expected: str) -> bool:
+    try:
+        return file_hash(path) == expected
+    except (OSError, ValueError):
+        return False
 
 
 def _read_entry(folder: Path, name: str) -> Any:
@@ -166,6 +237,22 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
+def size_in_bytes(tree: Any) -> int:
+    """What the tensors of a state take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
+
+
 def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if "tensor" in tree:
@@ -179,11 +266,15 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically: temporary name, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_file(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.training.guards import DiscriminatorWatch, NonFiniteGuard, PosteriorWatch, named_batch
+from ldm.training.guards import DiscriminatorWatch, PosteriorWatch, UpdateGuard, named_batch
 
 
 def test_a_batch_is_named_by_its_step_and_samples() -> None:
@@ -97,16 +97,63 @@ def test_living_channels_give_no_warning_and_nothing_gives_an_error() -> None:
         PosteriorWatch().nats()
 
 
+def refusals(guard: UpdateGuard, losses: list[float], norm: float = 1.0) -> list[bool]:
+    return [guard.refusal(torch.tensor(loss), torch.tensor(norm), "here") is not None for loss in losses]
+
+
 def test_the_guard_skips_what_is_not_finite_and_counts() -> None:
-    guard = NonFiniteGuard(limit=3)
-    norms = [1.0, float("nan"), float("inf"), 2.0, float("-inf"), 0.0]
-    assert [guard.allows(torch.tensor(norm), "here") for norm in norms] == [True, False, False, True, False, True]
+    guard = UpdateGuard(limit=3)
+    nan, inf = float("nan"), float("inf")
+    assert refusals(guard, [1.0, nan, inf, 2.0, -inf, 0.0]) == [False, True, True, False, True, False]
     assert guard.total == 3 and guard.in_a_row == 0
+    assert refusals(guard, [1.0], norm=nan) == [True]
 
 
 def test_the_guard_ends_the_run_after_its_limit_in_a_row() -> None:
-    guard = NonFiniteGuard(limit=3)
-    bad = torch.tensor(float("nan"))
-    assert not guard.allows(bad, "step 1") and not guard.allows(bad, "step 2")
-    with pytest.raises(FloatingPointError, match=r"3 updates in a row .* the last at step 3 \(a, b\)"):
-        guard.allows(bad, "step 3 (a, b)")
+    guard = UpdateGuard(limit=3)
+    bad, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    assert guard.refusal(bad, one, "step 1") == "step 1: a loss or gradient is not finite, no update"
+    assert guard.refusal(one, bad, "step 2") is not None
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .* the last at step 3 \(a, b\): a loss or"):
+        guard.refusal(bad, one, "step 3 (a, b)")
+
+
+def test_a_spike_is_a_loss_far_above_the_last_ones() -> None:
+    """Losses of mean 1 and deviation 0.1: the bound is 1.3 with three deviations, once a quarter is known."""
+    guard = UpdateGuard(spike=3.0, window=8)
+    assert refusals(guard, [0.9, 9.0]) == [False, False]
+    guard.load_state_dict({"losses": [0.9, 1.1] * 4})
+    assert refusals(guard, [1.29, -50.0]) == [False, False]
+    guard.load_state_dict({"losses": [0.9, 1.1] * 4})
+    assert guard.refusal(torch.tensor(1.31), torch.tensor(1.0), "step 5") == (
+        "step 5: a loss of 1.31 above 1.3 is a spike, no update"
+    )
+    assert guard.state_dict()["losses"][-1] == pytest.approx(1.3)
+
+
+def test_a_constant_loss_may_move_by_a_hundredth() -> None:
+    guard = UpdateGuard(spike=2.0, window=4)
+    guard.load_state_dict({"losses": [5.0] * 4})
+    assert refusals(guard, [5.09]) == [False]
+    guard.load_state_dict({"losses": [5.0] * 4})
+    assert refusals(guard, [5.11]) == [True]
+
+
+def test_a_lasting_change_of_level_is_accepted() -> None:
+    guard = UpdateGuard(spike=3.0, window=20, limit=50)
+    guard.load_state_dict({"losses": [0.9, 1.1] * 10})
+    assert refusals(guard, [2.0])[0] and not all(refusals(guard, [2.0] * 30))
+
+
+def test_a_restored_guard_decides_as_the_old_one() -> None:
+    losses = [1.0 + 0.1 * math.sin(7 * i) + (3.0 if i % 11 == 0 else 0.0) for i in range(60)]
+    whole, first, second = (UpdateGuard(spike=2.0, window=12) for _ in range(3))
+    expected = refusals(whole, losses)
+    found = refusals(first, losses[:31])
+    second.load_state_dict(first.state_dict())
+    assert found + refusals(second, losses[31:]) == expected and any(expected)
+
+
+def test_without_a_wish_no_loss_is_a_spike() -> None:
+    guard = UpdateGuard()
+    assert not any(refusals(guard, [1.0] * 300 + [1e30])) and guard.state_dict() == {"losses": []}
