@@ -22,7 +22,7 @@ from ldm.data.latent_batches import latent_batches
 from ldm.pretrained import Model, read_vae, resolve, write_model
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
 from ldm.training.card import model_card
-from ldm.training.checkpoint import Checkpoint
+from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
 from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard
 from ldm.training.latent_data import encoded_data, trial_data, validation_latents
@@ -93,8 +93,8 @@ def main() -> None:
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    keep, parts = training.checkpoints_total_limit, {"network": network, "optimizer": optimizer, **scaling.parts()}
-    checkpoint = Checkpoint(run, accelerator, keep, ema, guard, parts)
+    parts: dict[str, Stateful] = {"network": network, "optimizer": optimizer, **scaling.parts()}
+    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first = checkpoint.resume()
 
     # 4. Loop

@@ -331,9 +331,9 @@ class LatentCacheConfig:
 class AutoencoderTraining:
     """Everything `train_autoencoder.py` needs. `scaling_factor` null: measured on the data at the end.
 
-    `pretrained`, a `vae/` folder, a model folder or a hub id, is trained further in place of a new `autoencoder`;
-    `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder alone.
-    With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
+    `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
+    `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
+    alone. With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
     output_dir: str
