@@ -31,7 +31,7 @@ from ldm.evaluation.reconstruction import mean_psnr
 from ldm.pretrained import write_vae
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
-from ldm.training.checkpoint import Checkpoint
+from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
 from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, UpdateGuard, named_batch
 from ldm.training.latent_scale import latent_scale
@@ -100,12 +100,9 @@ def main() -> None:
         mean,
     )
     parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
-    parts = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
-    kept = {**bottleneck.parts(), **scaling.parts()}
-    optimizers = {"optimizer": optimizer, "discriminator_optimizer": d_optimizer}
-    checkpoint = Checkpoint(
-        run, accelerator, training.checkpoints_total_limit, ema, guard, {**parts, **optimizers, **kept}
-    )
+    parts: dict[str, Stateful] = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
+    parts |= {"optimizer": optimizer, "discriminator_optimizer": d_optimizer, **bottleneck.parts(), **scaling.parts()}
+    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first = checkpoint.resume()
 
     # 4. Loop
