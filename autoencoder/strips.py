@@ -1,4 +1,4 @@
-"""Decoding in horizontal strips: the picture of a whole decode, up to rounding, at about half of its memory.
+"""Decoding in horizontal strips: the picture of a whole decode, up to rounding, in less memory.
 
 Tiles that are decoded one by one normalise with their own statistics, so colours drift between them. Here every layer
 runs over the whole picture before the next one starts: the statistics of group normalisation are those of all

@@ -101,7 +101,7 @@ class TextToImage:
             batch_size: pictures at once; changes speed and memory only.
             init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
             mask: with `init_image`, white where to draw anew, black where to keep it.
-            tiled: decode in pieces, for large pictures: "strips" gives the same picture with about half of the memory,
+            tiled: decode in pieces, for large pictures: "strips" gives the same picture in less memory,
                 "tiles" needs little however large the picture is, and its colours may drift from tile to tile.
             callback: called in every sampling step, see `ldm.sampling`.
             progress: called with the number of pictures just finished.

@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="strips",
         choices=("strips", "tiles"),
-        help="decode large pictures in strips (half the memory, the same picture) or in tiles (little memory, near it)",
+        help="decode large pictures in strips (less memory, the same picture) or in tiles (little memory, near it)",
     )
     p.add_argument("--from-image", metavar="PNG", help="draw a PNG made here again; given flags win over its settings")
     p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
