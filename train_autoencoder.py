@@ -1,4 +1,4 @@
-"""Stage one: train a KL-regularised autoencoder on images.
+"""Stage one: train an autoencoder on images, KL-regularised or with a codebook.
 
 accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
 """
@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder
 from ldm.build import (
     build_autoencoder,
     build_batches,
+    build_bottleneck,
     build_discriminator,
     build_loss_state,
     build_loss_weights,
@@ -30,13 +31,12 @@ from ldm.evaluation.reconstruction import mean_psnr
 from ldm.pretrained import write_vae
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
-from ldm.training.checkpoint import Checkpoint
+from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
-from ldm.training.guards import DiscriminatorWatch, RunningStatistics, UpdateGuard
+from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, RunningStatistics, UpdateGuard
 from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import (
     batch_plan,
-    clip,
     due,
     mean_over_processes,
     open_run,
@@ -46,6 +46,7 @@ from ldm.training.launch import (
 )
 from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import adamw, learning_rate, set_learning_rate
+from ldm.training.precision import LossScaling
 from ldm.training.processes import last_state_named
 from ldm.training.run_dir import RunDir
 from ldm.training.stop import StopSignal
@@ -80,8 +81,11 @@ def main() -> None:
     if perceptual is not None:
         perceptual.to(accelerator.device)
     loss_state.to(accelerator.device)
-    model, wrapped_d, optimizer, d_optimizer = accelerator.prepare(vae, discriminator, optimizer, d_optimizer)
-    ema, guard, watch = Ema(vae, training.ema_decay), UpdateGuard(training.skip_loss_spikes), DiscriminatorWatch()
+    model, wrapped_d = accelerator.prepare(vae, discriminator)
+    ema, scaling, watch = Ema(vae, training.ema_decay), LossScaling(accelerator), DiscriminatorWatch()
+    guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
+    mean = mean_over_processes(accelerator)
+    bottleneck = build_bottleneck(config, vae, mean)
     task = AutoencoderTask(
         model,
         wrapped_d,
@@ -90,14 +94,14 @@ def main() -> None:
         weights,
         build_penalties(config.discriminator),
         loss_state,
-        (vae.config.latent_channels, *[config.data.resolution // vae.downsample_factor] * 2),
+        bottleneck,
         config.seed,
-        mean_over_processes(accelerator),
+        mean,
     )
     parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
-    parts = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
-    optimizers = {"optimizer": optimizer, "discriminator_optimizer": d_optimizer}
-    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, {**parts, **optimizers})
+    parts: dict[str, Stateful] = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}
+    parts |= {"optimizer": optimizer, "discriminator_optimizer": d_optimizer, **bottleneck.parts(), **scaling.parts()}
+    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first, statistics = checkpoint.resume(), RunningStatistics(discriminator)
 
     # 4. Loop
@@ -132,19 +136,20 @@ def main() -> None:
                         accelerator.backward(d_loss)
                         micro[-1] |= d_terms
             terms = averaged(micro)
-            terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
-            d_norm = clip(accelerator, d_parameters, config.optimizer.max_grad_norm) if adversarial else 0.0
-            losses = task.reduce_mean(terms["nll"] + terms["kl"])
-            refusal = guard.refusal(losses, terms["gradient_norm"] + d_norm, step, keys)
+            active = [(optimizer, parameters), (d_optimizer, d_parameters)][: 2 if adversarial else 1]
+            norms = [scaling.clip(which, part, config.optimizer.max_grad_norm) for which, part in active]
+            terms["gradient_norm"] = norms[0]
+            losses = task.reduce_mean(terms["nll"] + terms[bottleneck.term])
+            refusal = guard.refusal(losses, torch.stack(norms).sum(), step, keys)
             if refusal is None:
-                optimizer.step()
+                scaling.step(*(which for which, _ in active))
+                task.remember(terms)
                 if adversarial:
-                    d_optimizer.step()
-                    task.remember(terms)
                     watch.add(terms)
                 ema.update()
                 statistics.keep()
             else:
+                scaling.skip()
                 statistics.restore()
             log.say(refusal)
             optimizer.zero_grad()
@@ -181,7 +186,7 @@ def main() -> None:
     log.close()
 
 
-def export(vae: AutoencoderKL, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
+def export(vae: Autoencoder, ema: Ema, validation: torch.Tensor, config: AutoencoderTraining, run: RunDir) -> None:
     """Writes the averaged weights with the latent scale and shift: the pretrained, given or measured ones."""
     device = next(vae.parameters()).device
     plan = BatchPlan(STATISTICS_BATCH)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from autoencoder import AutoencoderKL, LatentCodec
+from autoencoder import Autoencoder, LatentCodec
 from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
 from ldm.config import LdmTraining
 from ldm.config_file import dump_config, parse_command_line
@@ -22,13 +22,12 @@ from ldm.data.latent_batches import latent_batches
 from ldm.pretrained import Model, read_vae, resolve, write_model
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
 from ldm.training.card import model_card
-from ldm.training.checkpoint import Checkpoint
+from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
-from ldm.training.guards import UpdateGuard
+from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard
 from ldm.training.latent_data import encoded_data, trial_data, validation_latents
 from ldm.training.launch import (
     batch_plan,
-    clip,
     due,
     mean_over_processes,
     open_run,
@@ -38,6 +37,7 @@ from ldm.training.launch import (
 )
 from ldm.training.log import TimestepLosses, TrainingLog
 from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
+from ldm.training.precision import LossScaling
 from ldm.training.processes import last_state_named
 from ldm.training.stop import StopSignal
 from ldm.training.trial import Trial, trial_steps
@@ -68,7 +68,7 @@ def main() -> None:
     vocabulary = itertools.islice(captions, CAPTIONS_FOR_VOCABULARY)
     with accelerator.main_process_first():
         text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
-    unet = build_unet(config, vae.config.latent_channels, text_encoder.model.config.hidden_size)
+    unet = build_unet(config, vae.latent_channels, text_encoder.model.config.hidden_size)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder)
@@ -78,8 +78,9 @@ def main() -> None:
     # 3. Placement
     if training.torch_compile:
         unet.compile()
-    model, optimizer = accelerator.prepare(network, optimizer)
-    ema, guard = Ema(network, training.ema_decay), UpdateGuard(training.skip_loss_spikes)
+    model, scaling = accelerator.prepare(network), LossScaling(accelerator)
+    ema = Ema(network, training.ema_decay)
+    guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
     task = TextToImageTask(
         model,
         text_encoder,
@@ -91,8 +92,8 @@ def main() -> None:
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    keep, parts = training.checkpoints_total_limit, {"network": network, "optimizer": optimizer}
-    checkpoint = Checkpoint(run, accelerator, keep, ema, guard, parts)
+    parts: dict[str, Stateful] = {"network": network, "optimizer": optimizer, **scaling.parts()}
+    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first = checkpoint.resume()
 
     # 4. Loop
@@ -120,11 +121,13 @@ def main() -> None:
                 losses.append(loss.loss.detach())
                 by_timestep.add(loss.rows, loss.t)
             terms = {"loss": mean(torch.stack(losses).mean())}
-            terms["gradient_norm"] = clip(accelerator, parameters, config.optimizer.max_grad_norm)
+            terms["gradient_norm"] = scaling.clip(optimizer, parameters, config.optimizer.max_grad_norm)
             refusal = guard.refusal(terms["loss"], terms["gradient_norm"], step)
             if refusal is None:
-                optimizer.step()
+                scaling.step(optimizer)
                 ema.update()
+            else:
+                scaling.skip()
             optimizer.zero_grad()
             log.say(refusal)
             log.add(terms)
@@ -161,7 +164,7 @@ def main() -> None:
     log.close()
 
 
-def trained_model(config: LdmTraining, vae: AutoencoderKL, network: ConditionedUNet) -> Model:
+def trained_model(config: LdmTraining, vae: Autoencoder, network: ConditionedUNet) -> Model:
     """The parts as they stand now, with the sampling defaults of the config."""
     side = config.data.resolution // vae.downsample_factor
     network.unet.config = dataclasses.replace(network.unet.config, sample_size=side)

@@ -5,7 +5,7 @@ The perceptual losses load their backbones' packages only when one is constructe
 
 from __future__ import annotations
 
-from autoencoder.codec import LatentCodec, LatentStatistics, fold_into_convolutions
+from autoencoder.codec import Decode, LatentCodec, LatentStatistics, fold_into_convolutions
 from autoencoder.config import AutoencoderConfig, VQConfig
 from autoencoder.discriminator import ActNorm, PatchDiscriminator
 from autoencoder.gaussian import DiagonalGaussian
@@ -28,15 +28,18 @@ from autoencoder.losses import (
 )
 from autoencoder.model import AutoencoderKL, Reconstruction
 from autoencoder.perceptual import LPIPS, EfficientNetFeatureDistance, PerceptualLoss
+from autoencoder.strips import strip_decode
 from autoencoder.tiling import sliced_decode, tiled_decode, tiled_encode
-from autoencoder.vq import CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
+from autoencoder.vq import Autoencoder, CodebookUpdate, Quantized, VQModel, VQReconstruction, code_statistics
 
 __all__ = [
     "LPIPS",
     "ActNorm",
+    "Autoencoder",
     "AutoencoderConfig",
     "AutoencoderKL",
     "CodebookUpdate",
+    "Decode",
     "DiagonalGaussian",
     "DiscriminatorPenalties",
     "EfficientNetFeatureDistance",
@@ -65,6 +68,7 @@ __all__ = [
     "r1_penalty",
     "reconstruction",
     "sliced_decode",
+    "strip_decode",
     "tiled_decode",
     "tiled_encode",
     "vanilla_d_loss",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoencoder.gaussian import DiagonalGaussian
-from autoencoder.model import AutoencoderKL
+from autoencoder.vq import Autoencoder, VQModel
+
+Decode = Callable[[Autoencoder, Tensor], Tensor]
+"""(autoencoder, raw latents [B, C, h, w]) -> images [B, 3, f*h, f*w]; `strip_decode` and `tiled_decode` are two."""
+
+
+def whole_decode(vae: Autoencoder, z: Tensor) -> Tensor:
+    """Images [B, 3, f*h, f*w] of raw latents z [B, C, h, w], all at once."""
+    return vae.decode(z)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class LatentCodec:
         ValueError: scale is not positive, or a tensor has not C entries.
     """
 
-    def __init__(self, vae: AutoencoderKL, scale: Tensor | float, shift: Tensor | float = 0.0) -> None:
+    def __init__(self, vae: Autoencoder, scale: Tensor | float, shift: Tensor | float = 0.0) -> None:
         self.vae = vae
         self.scale = self._per_channel("scale", scale)
         self.shift = self._per_channel("shift", shift)
@@ -82,12 +90,13 @@ class LatentCodec:
             raise ValueError(f"scale must be positive, got {scale!r}")
 
     @classmethod
-    def from_config(cls, vae: AutoencoderKL) -> LatentCodec:
+    def from_config(cls, vae: Autoencoder) -> LatentCodec:
         """Scale and shift as diffusers reads them: `scaling_factor`, and `shift_factor` (0 where it is null).
 
         `latents_mean` and `latents_std` are not applied; pass them to the constructor as tensors.
         """
-        return cls(vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        shift = None if isinstance(vae, VQModel) else vae.config.shift_factor
+        return cls(vae, vae.config.scaling_factor, shift or 0.0)
 
     @staticmethod
     def measure(moments: Iterable[Tensor]) -> tuple[float, float]:
@@ -113,33 +122,41 @@ class LatentCodec:
         raw = DiagonalGaussian(moments.float()).sample(noise)
         return (raw - self.shift.to(raw)) * self.scale.to(raw)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images in [-1, 1], float32, from latents z. What is infinite becomes NaN, not white or black."""
-        raw = z / self.scale.to(z) + self.shift.to(z)
-        image = self.vae.decode(raw.to(self.vae.dtype)).float()
+    def decode(self, z: Tensor, network: Decode = whole_decode) -> Tensor:
+        """Images in [-1, 1], float32, from latents z; those of a `VQModel` are put on the codebook first.
+
+        What is infinite becomes NaN, not white or black.
+        """
+        raw = self.vae.project((z / self.scale.to(z) + self.shift.to(z)).to(self.vae.dtype))
+        image = network(self.vae, raw).float()
         return image.masked_fill(image.isinf(), torch.nan).clamp(-1.0, 1.0)
 
     def _per_channel(self, name: str, value: Tensor | float) -> Tensor:
         """`value` shaped to broadcast against [B, C, h, w]."""
         tensor = torch.as_tensor(value, dtype=torch.float32).flatten()
-        if tensor.numel() not in (1, self.vae.config.latent_channels):
-            raise ValueError(f"{name} needs 1 or {self.vae.config.latent_channels} values, got {tensor.numel()}")
+        if tensor.numel() not in (1, self.vae.latent_channels):
+            raise ValueError(f"{name} needs 1 or {self.vae.latent_channels} values, got {tensor.numel()}")
         return tensor.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
-def fold_into_convolutions(vae: AutoencoderKL, mean: Tensor, std: Tensor | None = None) -> None:
+def fold_into_convolutions(vae: Autoencoder, mean: Tensor, std: Tensor | None = None) -> None:
     """Changes the raw latents to (raw - mean) / std per channel without changing any image.
 
     Both 1x1 convolutions around the latent space are linear, so the shift and scale are absorbed exactly. Tools that
-    know one scalar scale only, and no shift, then get centred latents.
+    know one scalar scale only, and no shift, then get centred latents. A codebook moves with its latents, by the mean
+    only: another spread in each channel would change which code is nearest.
 
     Args:
         mean, std: [C]; no std leaves the spread as it is.
 
     Raises:
-        ValueError: the autoencoder lacks one of the two convolutions.
+        ValueError: the autoencoder lacks one of the two convolutions, or std is given for a codebook.
     """
+    if isinstance(vae, VQModel):
+        if std is not None:
+            raise ValueError("the latents of a codebook can be shifted, but not scaled channel by channel")
+        vae.quantize.embedding.weight -= mean.to(vae.quantize.embedding.weight)
     if vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("folding a latent shift needs an autoencoder with use_quant_conv and use_post_quant_conv")
     mean = mean.to(vae.last_layer)
@@ -151,7 +168,8 @@ def fold_into_convolutions(vae: AutoencoderKL, mean: Tensor, std: Tensor | None 
     post.weight *= std.view(1, -1, 1, 1)
     bias[:channels] = (bias[:channels] - mean) / std
     quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-    bias[channels:] -= 2 * std.log()
+    if len(bias) > channels:
+        bias[channels:] -= 2 * std.log()
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:

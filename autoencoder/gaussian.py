@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_LOGVAR, MOST_LOGVAR = -30.0, 20.0
+
 
 class DiagonalGaussian:
     """N(mean, diag(exp(logvar))) from moments [B, 2C, h, w]: C channels of means, then C of log-variances.
@@ -21,7 +23,7 @@ class DiagonalGaussian:
                 f"moments must be [B, 2C, ...] with an even channel count, got shape {tuple(moments.shape)}"
             )
         self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.logvar = logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)
 
     @property
     def std(self) -> Tensor:

@@ -233,6 +233,7 @@ def generator_image_gradient(
     weight_shape: Sequence[int],
     weight: float,
     reduce_mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    g_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradient [B, D, H, W] at the image of nll + weight * adaptive * g, and the adaptive weight (scalar).
 
@@ -246,9 +247,12 @@ def generator_image_gradient(
         weight_shape: of that convolution's weight, (D, C, k, k).
         weight: the discriminator's weight, 0.5 in the published recipe.
         reduce_mean: averages the last layer's gradients over processes, so that all weigh alike.
+        g_scale: the adversarial gradient is computed so many times as large and divided afterwards, because that of a
+            mean over many patches underflows in half precision; a power of two changes nothing else.
     """
     (nll_grad,) = torch.autograd.grad(nll_loss, image)
-    (g_grad,) = torch.autograd.grad(g_loss, image)
+    (g_grad,) = torch.autograd.grad(g_loss, image, torch.full_like(g_loss, g_scale))
+    g_grad = g_grad / g_scale
     adaptive = adaptive_weight(
         reduce_mean(last_layer_gradient(features, nll_grad, weight_shape)),
         reduce_mean(last_layer_gradient(features, g_grad, weight_shape)),

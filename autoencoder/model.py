@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ class Reconstruction(NamedTuple):
         return DiagonalGaussian(self.moments)
 
 
-class ConvolutionalAutoencoder(nn.Module):
+class ConvolutionalAutoencoder(nn.Module, ABC):
     """What `AutoencoderKL` and `VQModel` share: encoder, decoder, 1x1 convolutions around the latents, the folder."""
 
     config: AutoencoderConfig | VQConfig
@@ -92,6 +93,23 @@ class ConvolutionalAutoencoder(nn.Module):
         image: Tensor = self.decoder.conv_out(self.decode_features(z))
         return image
 
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels C of the raw latents."""
+
+    @abstractmethod
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance [B, 2C, H/f, W/f] of the latents of images x [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def project(self, z: Tensor) -> Tensor:
+        """What the decoder was trained on that is nearest to latents z [B, C, h, w]: z itself, or the nearest codes."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Images x [B, 3, H, W] in [-1, 1], encoded without noise and decoded, not clamped."""
+        return self.decode(self.project(self.moments(x).chunk(2, dim=1)[0]))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and diffusion_pytorch_model.safetensors; each file appears whole."""
         folder = Path(folder)
@@ -122,6 +140,13 @@ class AutoencoderKL(ConvolutionalAutoencoder):
             ValueError: the channels are not the config's, or H or W is no multiple of the factor f.
         """
         return self._encoded(x)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    def project(self, z: Tensor) -> Tensor:
+        return z
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior over raw latents [B, C, H/f, W/f] of images [B, 3, H, W] in [-1, 1]; see `moments`."""

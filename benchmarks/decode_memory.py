@@ -1,6 +1,6 @@
-"""Peak memory and seconds of decoding one large picture with a Stable Diffusion 1.x autoencoder, whole and in tiles.
+"""Peak memory and seconds of decoding one large picture with a Stable Diffusion 1.x autoencoder, whole and in pieces.
 
-    python benchmarks/decode_memory.py [--size 1024] [--tile 64] [--overlap 16] [--threads 0]
+    python benchmarks/decode_memory.py [--size 1024] [--tile 64] [--overlap 16] [--threads 0] [--ways WAY ...]
 
 Weights are random, in float32, on the CPU. Each way runs in a fresh process; its peak resident set is read at the end.
 """
@@ -16,6 +16,7 @@ import time
 
 SD1_LEVELS = (128, 256, 512, 512)
 MIB = 2**20
+WAYS = ("strips", "tiled", "untiled")
 
 
 def main() -> None:
@@ -24,12 +25,13 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=64, help="side of a tile in latent positions")
     parser.add_argument("--overlap", type=int, default=16, help="what neighbouring tiles share, in latent positions")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0 leaves its choice")
-    parser.add_argument("--way", choices=["tiled", "untiled"], help="measure one way in this process")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure")
+    parser.add_argument("--way", choices=WAYS, help="measure one way in this process")
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args)))
         return
-    for way in ("tiled", "untiled"):
+    for way in args.ways:
         print(report(way, fresh_process(way)), flush=True)
 
 
@@ -50,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Peak resident set before and after one decoding in this process, and its seconds."""
     import torch
 
-    from autoencoder import AutoencoderConfig, AutoencoderKL, tiled_decode
+    from autoencoder import AutoencoderConfig, AutoencoderKL, strip_decode, tiled_decode
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -59,7 +61,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     z = torch.randn(1, 4, args.size // vae.downsample_factor, args.size // vae.downsample_factor)
     before, started = peak_mib(), time.perf_counter()
     with torch.no_grad():
-        image = vae.decode(z) if args.way == "untiled" else tiled_decode(vae, z, args.tile, args.overlap)
+        match args.way:
+            case "strips":
+                image = strip_decode(vae, z)
+            case "tiled":
+                image = tiled_decode(vae, z, args.tile, args.overlap)
+            case _:
+                image = vae.decode(z)
     seconds = time.perf_counter() - started
     return {"side": image.shape[-1], "before": before, "peak": peak_mib(), "seconds": seconds}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from autoencoder import (
     LPIPS,
+    Autoencoder,
     AutoencoderKL,
+    CodebookUpdate,
     DiscriminatorPenalties,
     EfficientNetFeatureDistance,
     LossState,
     LossWeights,
     PatchDiscriminator,
+    VQConfig,
+    VQModel,
 )
+from autoencoder.config import BlocksConfig
 from autoencoder.perceptual import FeatureDistance
 from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
 from ldm.config import (
@@ -41,6 +47,7 @@ from ldm.networks import UNet
 from ldm.pretrained import read_vae, resolve
 from ldm.process import Objective
 from ldm.seeds import generator, seed_of
+from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck
 
 
 def build_source(config: DataConfig, split: str, seed: int) -> Source:
@@ -59,7 +66,7 @@ def build_source(config: DataConfig, split: str, seed: int) -> Source:
 
 def build_transform(config: DataConfig, seed: int) -> Transform:
     """Resize, crop and flip as the config says."""
-    return Transform(config.resolution, config.center_crop, config.random_flip, seed)
+    return Transform(config.resolution, config.center_crop, config.random_flip, seed, config.min_crop)
 
 
 def build_validation(config: DataConfig, seed: int) -> Tensor:
@@ -88,16 +95,20 @@ def build_batches(
     return pixel_batches(source, transform, plan, seed, first_step, last_step, config.dataloader_num_workers)
 
 
-def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
+def build_autoencoder(config: AutoencoderTraining) -> Autoencoder:
     """A new autoencoder, its weights a function of the seed, or the pretrained one, its encoder frozen where asked.
 
     Raises:
         ConfigError: the pretrained one cannot be read or had, or does not fit `data.resolution`.
     """
+    seed, codes = seed_of(config.seed, "autoencoder"), config.codebook
+    update = CodebookUpdate("loss" if config.freeze_encoder else codes.update, codes.decay)
     if config.pretrained is None:
-        return AutoencoderKL.from_scratch(config.autoencoder, seed_of(config.seed, "autoencoder"))
+        if codes.num_vq_embeddings is None:
+            return AutoencoderKL.from_scratch(config.autoencoder, seed)
+        return VQModel.from_scratch(vq_config(config), seed, update)
     try:
-        vae = read_vae(resolve(config.pretrained)).train()
+        vae = read_vae(resolve(config.pretrained), update=update).train()
     except ValueError as error:
         raise ConfigError(f"`pretrained`: {error}") from error
     if config.data.resolution % vae.downsample_factor:
@@ -105,10 +116,34 @@ def build_autoencoder(config: AutoencoderTraining) -> AutoencoderKL:
             f"`data.resolution` is {config.data.resolution}; the autoencoder of `pretrained` needs a multiple of "
             f"{vae.downsample_factor}"
         )
-    for frozen in (vae.encoder, vae.quant_conv) if config.freeze_encoder else ():
+    codebook = vae.quantize if isinstance(vae, VQModel) else None
+    for frozen in (vae.encoder, vae.quant_conv, codebook) if config.freeze_encoder else ():
         if frozen is not None:
             frozen.requires_grad_(False)
     return vae
+
+
+def vq_config(config: AutoencoderTraining) -> VQConfig:
+    """The shape in `autoencoder` with the codebook in `codebook`.
+
+    Raises:
+        ConfigError: there is no codebook.
+    """
+    codes = config.codebook.num_vq_embeddings
+    if codes is None:
+        raise ConfigError("`codebook.num_vq_embeddings` is null; a VQModel needs a number")
+    shape = {entry.name: getattr(config.autoencoder, entry.name) for entry in fields(BlocksConfig)}
+    return VQConfig(**shape, num_vq_embeddings=codes, vq_embed_dim=config.codebook.vq_embed_dim)
+
+
+def build_bottleneck(
+    config: AutoencoderTraining, vae: Autoencoder, reduce_mean: Callable[[Tensor], Tensor]
+) -> Bottleneck:
+    """How the latents are regularised while the autoencoder trains."""
+    if isinstance(vae, VQModel):
+        return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
+    side = config.data.resolution // vae.downsample_factor
+    return GaussianBottleneck(config.loss.kl, (vae.latent_channels, side, side))
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:

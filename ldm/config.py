@@ -29,6 +29,7 @@ class DataConfig:
     """Where the captioned images come from and how they become tensors.
 
     `source` is `shapes`, a folder, a `.parquet` file or glob, a `.tar` file or glob (WebDataset) or a hub id.
+    `min_crop` is the least side of a training crop as a fraction of the picture's shorter side; see `Transform`.
     """
 
     source: str = "shapes"
@@ -39,6 +40,7 @@ class DataConfig:
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("text",)
     center_crop: bool = True
+    min_crop: float = 1.0
     random_flip: bool = False
     max_train_samples: int | None = None
     max_validation_samples: int | None = 256
@@ -57,6 +59,7 @@ class DataConfig:
             0 <= self.max_bad_fraction <= 1,
             f"`data.max_bad_fraction` is {self.max_bad_fraction}; it must lie in [0, 1]",
         )
+        _require(0 < self.min_crop <= 1, f"`data.min_crop` is {self.min_crop}; it must lie in (0, 1]")
         _require(
             self.shapes_per_image in (None, 1, 2),
             f"`data.shapes_per_image` is {self.shapes_per_image}; it must be 1, 2 or null (both)",
@@ -113,7 +116,7 @@ class TrainingConfig:
     max_train_steps: int = 1000
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     ema_decay: float = 0.999
@@ -192,6 +195,28 @@ class DiscriminatorConfig:
         _require_at_least(self, "discriminator", 1, "num_layers", "base_channels", "r1_every")
         _require_at_least(self, "discriminator", 0, "r1", "lecam")
         _require_positive(self, "discriminator", "learning_rate_ratio")
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """The codebook of a vector-quantised autoencoder; `num_vq_embeddings` null trains a KL-regularised one instead.
+
+    `vq_embed_dim` null: as many entries a code as `autoencoder.latent_channels`. `update` is how the codebook learns,
+    by the gradient of its loss or as moving averages with `decay`. `weight` is that of codebook and commitment loss
+    together, `commitment` the factor of the second; the defaults are latent-diffusion's.
+    """
+
+    num_vq_embeddings: int | None = None
+    vq_embed_dim: int | None = None
+    weight: float = 1.0
+    commitment: float = 0.25
+    update: Literal["loss", "ema"] = "loss"
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "codebook", 1, "num_vq_embeddings", "vq_embed_dim")
+        _require_at_least(self, "codebook", 0, "weight", "commitment")
+        _require(0 <= self.decay < 1, f"`codebook.decay` is {self.decay}; it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -306,8 +331,9 @@ class LatentCacheConfig:
 class AutoencoderTraining:
     """Everything `train_autoencoder.py` needs. `scaling_factor` null: measured on the data at the end.
 
-    `pretrained`, a `vae/` folder, a model folder or a hub id, is trained further in place of a new `autoencoder`;
-    `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder alone.
+    `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
+    `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
+    alone. With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
     output_dir: str
@@ -318,6 +344,7 @@ class AutoencoderTraining:
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -330,12 +357,27 @@ class AutoencoderTraining:
         _require_positive(self, "", "scaling_factor")
         _require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
         self._check_pretrained()
+        self._check_codebook()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         _require(
             self.data.resolution % factor == 0,
             f"`data.resolution` is {self.data.resolution}; with {len(self.autoencoder.block_out_channels)} "
             f"`autoencoder.block_out_channels` it must be a multiple of {factor}",
         )
+
+    def _check_codebook(self) -> None:
+        codes, shape, plain = self.codebook.num_vq_embeddings, self.autoencoder, AutoencoderConfig()
+        _require(
+            self.pretrained is None or codes is None,
+            f"`codebook.num_vq_embeddings` is {codes} and `pretrained` {self.pretrained!r}; it must be null, a "
+            "pretrained model brings its own codebook or has none",
+        )
+        for name in ("shift_factor", "latents_mean", "latents_std", "use_quant_conv", "use_post_quant_conv"):
+            _require(
+                codes is None or getattr(shape, name) == getattr(plain, name),
+                f"`autoencoder.{name}` is {getattr(shape, name)} with `codebook.num_vq_embeddings` {codes}; it must be "
+                f"{getattr(plain, name)}, a VQModel has no such choice",
+            )
 
     def _check_pretrained(self) -> None:
         _require(
@@ -376,6 +418,10 @@ class LdmTraining:
             self.data.center_crop and not self.data.streaming,
             f"`data.center_crop` is {self.data.center_crop} and `data.streaming` {self.data.streaming}; stage two "
             "encodes every picture once, so they must be true and false",
+        )
+        _require(
+            self.data.min_crop == 1,
+            f"`data.min_crop` is {self.data.min_crop}; stage two encodes every picture once, so it must be 1",
         )
         steps, trained = self.validation.num_inference_steps, self.diffusion.num_train_timesteps
         _require(

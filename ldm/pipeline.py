@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from autoencoder import LatentCodec
+from autoencoder import Decode, LatentCodec, strip_decode, tiled_decode
+from autoencoder.codec import whole_decode
 from conditioning import Conditioning
 from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
 from ldm.pretrained import BUNDLED, Model, read_model, write_model
@@ -22,6 +23,7 @@ from ldm.sampling import Callback, Denoiser, guided_denoiser, named_sampler, ran
 from ldm.sampling.denoiser import Network
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
+DECODERS: Mapping[str | None, Decode] = {None: whole_decode, "strips": strip_decode, "tiles": tiled_decode}
 MAX_ROWS, POSITIONS = 8, 1024
 """On the CPU the network runs on so many rows that they have about 1024 latent positions together, and on 8 at most."""
 
@@ -98,6 +100,7 @@ class TextToImage:
         init_image: Image.Image | None = None,
         strength: float = 0.8,
         mask: Image.Image | None = None,
+        tiled: Literal["strips", "tiles"] | None = None,
         callback: Callback | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[Image.Image]:
@@ -109,6 +112,8 @@ class TextToImage:
             batch_size: pictures at once; changes speed and memory only.
             init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
             mask: with `init_image`, white where to draw anew, black where to keep it; a grey is one of the two.
+            tiled: decode in pieces, for large pictures: "strips" gives the same picture in less memory,
+                "tiles" needs little however large the picture is, and its colours may drift from tile to tile.
             callback: called in every sampling step, see `ldm.sampling`.
             progress: called with the number of pictures just finished.
 
@@ -119,6 +124,8 @@ class TextToImage:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if tiled not in DECODERS:
+            raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         texts = [text for text in prompts for _ in range(num_images)]
         shape = self._latent_shape(height, width)
@@ -145,17 +152,17 @@ class TextToImage:
             if keep is not None and start is not None:
                 z = torch.lerp(z, start.expand_as(z), keep)
             for row in torch.split(z, 1):
-                images.extend(to_images(self._decode(row)))
+                images.extend(to_images(self._decode(row, DECODERS[tiled])))
             if progress is not None:
                 progress(len(rows))
         return images
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, network: Decode) -> Tensor:
         """The picture [1, 3, H, W] of one row of latents; where the decoder overflows in half precision, in float32."""
-        image = self.codec.decode(z.to(self.dtype))
+        image = self.codec.decode(z.to(self.dtype), network)
         if not image.isfinite().all() and self.dtype != torch.float32:
             self.model.vae.float()
-            image = self.codec.decode(z)
+            image = self.codec.decode(z, network)
             self.model.vae.to(self.dtype)
         if image.isfinite().all():
             return image
@@ -222,7 +229,7 @@ class TextToImage:
         for name, side in zip(("height", "width"), sides, strict=True):
             if side < 1 or side % multiple:
                 raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple} for this model")
-        return self.model.vae.config.latent_channels, sides[0] // factor, sides[1] // factor
+        return self.model.vae.latent_channels, sides[0] // factor, sides[1] // factor
 
     def _pixels(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
         factor = self.model.vae.downsample_factor

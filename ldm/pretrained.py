@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder, CodebookUpdate
 from conditioning import ClipTextEncoder, ClipTokenizer
 from ldm.interop.checkpoint import folder_parts, model_index, read_part, replace_folder
 from ldm.interop.networks import build_text_model, build_tokenizer, build_unet, build_vae, explained
@@ -36,7 +36,7 @@ class Model:
     `settings` is ldm.json, what diffusers has no field for; `card` is README.md, the model card.
     """
 
-    vae: AutoencoderKL
+    vae: Autoencoder
     unet: UNet
     text_encoder: ClipTextEncoder
     diffusion: DiffusionConfig
@@ -124,9 +124,19 @@ def _model_of_file(path: Path, allow_pickle: bool) -> Model:
     )
 
 
-def read_vae(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> AutoencoderKL:
-    """The autoencoder of a pipeline folder, or of a folder that is a `vae/` itself."""
-    return build_vae(read_part(_part(folder, "vae"), "vae", variant, allow_pickle))
+def read_vae(
+    folder: Path,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    update: CodebookUpdate = CodebookUpdate(),
+) -> Autoencoder:
+    """The autoencoder of a pipeline folder, of a folder that is a `vae/` itself, or of a model's single file.
+
+    `update` is how a codebook learns.
+    """
+    if folder.is_file():
+        return build_vae(read_single_file(folder, allow_pickle).parts["vae"], update)
+    return build_vae(read_part(_part(folder, "vae"), "vae", variant, allow_pickle), update)
 
 
 def read_unet(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> UNet:
@@ -175,13 +185,14 @@ def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype
     model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
     write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
     index = model_index(model.unet.config.in_channels, model.diffusion.to_dict())
+    index["vae"] = ["diffusers", type(model.vae).__name__]
     write_json(temporary / "model_index.json", index)
     write_json(temporary / "ldm.json", dict(model.settings))
     (temporary / "README.md").write_text(model.card, encoding="utf-8")
     replace_folder(temporary, target)
 
 
-def write_vae(vae: AutoencoderKL, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
+def write_vae(vae: Autoencoder, folder: str | os.PathLike[str], card: str, settings: Mapping[str, Any]) -> None:
     """Writes what stage one produces, `vae/`, `ldm.json` and `README.md`, atomically."""
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +215,7 @@ def _check_fit(model: Model, path: Path) -> None:
     if (model.unet.config.sample_size or 0) > MAX_SAMPLE_SIZE:
         side = model.unet.config.sample_size
         raise ModelError(f"{_unet_config(path)}: sample_size is {side}; it may be {MAX_SAMPLE_SIZE} at most")
-    channels, width = model.vae.config.latent_channels, model.text_encoder.model.config.hidden_size
+    channels, width = model.vae.latent_channels, model.text_encoder.model.config.hidden_size
     unet = model.unet.config
     latents, text = "vae's latent_channels", "text_encoder's hidden_size"
     if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents

@@ -70,7 +70,7 @@ def test_a_key_of_another_choice_is_refused_with_the_accepted_ones(tmp_path: Pat
         ("training: {max_train_steps: true}", "training.max_train_steps", "a whole number"),
         ("training: {max_train_steps: [1]}", "training.max_train_steps", "a whole number"),
         ("training: {gradient_checkpointing: 1}", "training.gradient_checkpointing", "true or false"),
-        ("training: {mixed_precision: fp8}", "training.mixed_precision", "one of no, bf16"),
+        ("training: {mixed_precision: fp8}", "training.mixed_precision", "one of no, bf16, fp16"),
         ("training: 3", "training", "a section"),
         ("training:", "training", "a section"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate", "a number"),

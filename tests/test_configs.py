@@ -7,12 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoencoder import AutoencoderKL
+from autoencoder import LossState
 from conditioning import ClipTextConfig, ClipTextModel
-from ldm.build import build_discriminator, build_loss_weights, build_objective, check_resolution
+from ldm.build import (
+    build_autoencoder,
+    build_batches,
+    build_bottleneck,
+    build_discriminator,
+    build_loss_weights,
+    build_objective,
+    build_penalties,
+    build_perceptual,
+    check_resolution,
+)
 from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip
 from ldm.config_file import dump_config, load_config
+from ldm.data.order import BatchPlan
 from ldm.networks import UNet
+from ldm.tasks.autoencoder import AutoencoderTask
+from ldm.training.optim import adamw
 
 FOLDER = Path(__file__).parent.parent / "train_configs"
 FILES = [f for f in sorted(FOLDER.rglob("*.yaml")) if "accelerate" not in f.relative_to(FOLDER).parts]
@@ -38,15 +51,55 @@ def test_there_are_configs_of_both_stages() -> None:
 @named(STAGE_ONE)
 def test_a_stage_one_file_builds(path: Path) -> None:
     config = load_config(AutoencoderTraining, path)
+    side = config.data.resolution
     with torch.device("meta"):
-        vae = AutoencoderKL(config.autoencoder)
-        out = vae(torch.zeros(1, 3, config.data.resolution, config.data.resolution))
-    assert out.image.shape == (1, 3, config.data.resolution, config.data.resolution)
-    logits = build_discriminator(config.discriminator, 0)(
-        torch.zeros(2, 3, config.data.resolution, config.data.resolution)
-    )
+        vae = build_autoencoder(written_by(config.pretrained) or config)
+        image = vae.decode(vae.moments(torch.zeros(1, 3, side, side)).chunk(2, 1)[0])
+    assert image.shape == (1, 3, side, side)
+    logits = build_discriminator(config.discriminator, 0)(torch.zeros(2, 3, side, side))
     assert logits.shape[:2] == (2, 1)
     build_loss_weights(config.loss)
+
+
+@named([path for path in STAGE_ONE if path.parent.name == "reference"])
+def test_a_reference_recipe_makes_a_step_in_small(path: Path) -> None:
+    """An eighth of the widths, 32 pixels, and the packaged network in place of LPIPS, which must be downloaded."""
+    published = load_config(AutoencoderTraining, path)
+    widths = str([width // 8 for width in published.autoencoder.block_out_channels])
+    small = {
+        "data.source": "shapes",
+        "data.resolution": "32",
+        "autoencoder.block_out_channels": widths,
+        "autoencoder.norm_num_groups": "8",
+        "perceptual.type": "efficientnet_lite0",
+        "loss.discriminator_start": "0",
+    }
+    config = load_config(AutoencoderTraining, path, [f"--{key}={value}" for key, value in small.items()])
+    vae, critic, state = build_autoencoder(config), build_discriminator(config.discriminator, 0), LossState()
+    task = AutoencoderTask(
+        vae,
+        critic,
+        critic,
+        build_perceptual(config.perceptual),
+        build_loss_weights(config.loss),
+        build_penalties(config.discriminator),
+        state,
+        build_bottleneck(config, vae, lambda value: value),
+        0,
+        lambda value: value,
+    )
+    batch = next(build_batches(config.data, BatchPlan(2), 0, 0, 1))
+    loss = task.generator_loss(batch, 0)
+    loss.surrogate.backward()
+    d_loss, terms = task.discriminator_loss(batch, loss.image, 0)
+    d_loss.backward()
+    for name, value in (loss.terms | terms).items():
+        assert bool(torch.isfinite(value).all()), name
+    for part in (vae, critic):
+        before = [parameter.detach().clone() for parameter in part.parameters()]
+        adamw(part.parameters(), config.optimizer, config.optimizer.learning_rate).step()
+        changed = [not torch.equal(a, b) for a, b in zip(before, part.parameters(), strict=True)]
+        assert sum(changed) > 0.2 * len(changed), "branches that start at zero do not pass a gradient yet"
 
 
 @named(STAGE_TWO)

@@ -435,3 +435,12 @@ def test_a_wrong_value_in_a_config(refused: Any, damaged: Path, name: str, key: 
     content = json.loads((damaged / name).read_text()) | {key: value}
     (damaged / name).write_text(json.dumps(content))
     assert str((damaged / name).parent) in refused("-p", "two", "-m", str(damaged))
+
+
+def test_a_picture_can_be_decoded_in_pieces(draw: Callable[..., dict[str, Any]]) -> None:
+    files = [
+        draw("-p", "a red circle", "--steps", "2", *how, output=f"piece{i}.png")["images"][0]
+        for i, how in enumerate(([], ["--tiled"], ["--tiled", "tiles"]))
+    ]
+    whole, *pieces = (torch.tensor(list(Image.open(file).tobytes())) for file in files)
+    assert all(int((piece - whole).abs().max()) <= 1 for piece in pieces)

@@ -371,3 +371,15 @@ def test_diffusers_reads_centred_latents_of_unit_variance(tiny_model_folder: Pat
     z = (posterior.mean.square() + posterior.var).mean() * theirs.config.scaling_factor**2
     torch.testing.assert_close(float(z), 1.0, atol=1e-3, rtol=0)
     torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-4)
+
+
+def test_decoding_in_pieces(pipe: TextToImage) -> None:
+    """Strips give the picture of a whole decode; tiles of 64 latent positions hold this one as a whole."""
+    whole, strips, tiles = (
+        pipe(PROMPTS[:2], steps=2, height=64, width=32, tiled=how)  # type: ignore[arg-type]
+        for how in (None, "strips", "tiles")
+    )
+    for one, two, three in zip(whole, strips, tiles, strict=True):
+        assert apart(one, two) <= 1 and one.tobytes() == three.tobytes()
+    with pytest.raises(ValueError, match="tiled is 'rows'; it must be 'strips', 'tiles' or None"):
+        pipe(PROMPTS[0], tiled="rows")  # type: ignore[arg-type]

@@ -346,6 +346,60 @@ def assert_untouched(run: Path, parts: tuple[str, ...]) -> None:
     assert None in metrics(run)[5].values() and metrics(run)[5]["skipped_updates"] == 1
 
 
+# --- stage one with a codebook
+
+
+CODEBOOK = {"num_vq_embeddings": 24, "update": "ema", "decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def vq_autoencoder(workshop: Path) -> Path:
+    """The undisturbed run of stage one with a codebook that moving averages move."""
+    content = {**STAGE_ONE, "codebook": CODEBOOK}
+    done = train("train_autoencoder.py", "--config", config_file(workshop / "vq_autoencoder", content))
+    assert done.returncode == 0, done.stderr
+    return workshop / "vq_autoencoder"
+
+
+def test_a_codebook_run_logs_its_codes_and_diffusers_reads_it(vq_autoencoder: Path) -> None:
+    rows = metrics(vq_autoencoder)
+    assert all({"codebook", "commitment", "perplexity", "codes_used"} <= row.keys() for row in rows.values())
+    assert {"codebook_used", "codebook_perplexity", "validation_psnr"} <= rows[STEPS].keys()
+    vae = diffusers.VQModel.from_pretrained(vq_autoencoder / "export" / "vae")
+    images = torch.stack([to_tensor(ShapesDataset("train", 64, 32)[i]["image"]) for i in range(64)])
+    with torch.no_grad():
+        latents = vae.encode(images).latents
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+    assert float(latents.square().mean()) * vae.config.scaling_factor**2 == pytest.approx(1, abs=1e-2)
+
+
+def test_a_killed_codebook_run_ends_at_the_same_bits(vq_autoencoder: Path, workshop: Path) -> None:
+    run = workshop / "interrupted_vq"
+    command = ("train_autoencoder.py", "--config", config_file(run, {**STAGE_ONE, "codebook": CODEBOOK}))
+    killed = train(*command, patch=AFTER_UPDATE.format(updates=5, signal="SIGKILL", rank=0))
+    assert killed.returncode == -9 and states(run) == ["step_000002", "step_000004"]
+    resumed = train(*command)
+    assert resumed.returncode == 0 and "at step 4" in resumed.stdout, resumed.stderr
+    assert weights(run) == weights(vq_autoencoder)
+
+
+def test_a_codebook_run_on_two_processes_is_the_same_training(vq_autoencoder: Path, workshop: Path) -> None:
+    run = workshop / "two_vq"
+    command = ("--config", config_file(run, {**STAGE_ONE, "codebook": CODEBOOK}), "--training.train_batch_size", "4")
+    done = train_on_two("train_autoencoder.py", *command)
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert_weights_close(vq_autoencoder, run, "vae", atol=1e-4)
+
+
+def test_stage_two_trains_on_the_latents_of_a_codebook(vq_autoencoder: Path, workshop: Path, tmp_path: Path) -> None:
+    run = workshop / "vq_ldm"
+    content = {**STAGE_TWO, "autoencoder": str(vq_autoencoder / "export")}
+    done = train("train_ldm.py", "--config", config_file(run, content), "--training.max_train_steps", "2")
+    assert done.returncode == 0, done.stderr
+    generate.run(["-p", "a red circle", "-m", str(run / "export"), "-o", str(tmp_path / "out.png"), "--json"])
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+
+
 # --- stage two
 
 

@@ -73,6 +73,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init-image", metavar="FILE", help="start from this picture")
     p.add_argument("--strength", type=float, default=0.8, help="how much of --init-image to redo, in (0, 1]")
     p.add_argument("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black is kept")
+    p.add_argument(
+        "--tiled",
+        nargs="?",
+        const="strips",
+        choices=("strips", "tiles"),
+        help="decode large pictures in strips (less memory, the same picture) or in tiles (little memory, near it)",
+    )
     p.add_argument("--from-image", metavar="PNG", help="draw a PNG made here again; given flags win over its settings")
     p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
     p.add_argument("--grid", action="store_true", help="also write grid.png with the prompts as labels")
@@ -170,6 +177,7 @@ def _draw(
             init_image=init,
             strength=args.strength,
             mask=mask,
+            tiled=args.tiled,
             progress=bar.update,
         )
 

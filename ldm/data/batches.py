@@ -68,17 +68,23 @@ class SkipCounter:
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, crop and flip; the random choices are functions of (seed, epoch, sample)."""
+    """Resize, crop and flip; the random choices are functions of (seed, epoch, sample).
+
+    Where `min_crop` is below one, crops are of many sizes: the side of each, as a fraction of the picture's shorter
+    side, is drawn uniformly from [min_crop, 1]. No crop is smaller than `resolution` unless the picture is.
+    """
 
     resolution: int
     center_crop: bool = True
     random_flip: bool = False
     seed: int = 0
+    min_crop: float = 1.0
 
     def __call__(self, example: Example, epoch: int, index: int) -> Tensor:
         rng = random.Random(seed_of(self.seed, "augment", epoch, index))
         flip = self.random_flip and rng.random() < 0.5
-        return to_tensor(resize_and_crop(example.image, self.resolution, self.center_crop, flip, rng))
+        crop = rng.uniform(self.min_crop, 1.0) if self.min_crop < 1 else 1.0
+        return to_tensor(resize_and_crop(example.image, self.resolution, self.center_crop, flip, rng, crop))
 
 
 class SlotDataset(Dataset[dict[str, Any]]):

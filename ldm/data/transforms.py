@@ -56,10 +56,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, resolution: int, center_crop: bool = True, flip: bool = False, rng: random.Random | None = None
+    image: Image.Image,
+    resolution: int,
+    center_crop: bool = True,
+    flip: bool = False,
+    rng: random.Random | None = None,
+    crop: float = 1.0,
 ) -> Image.Image:
-    """The shorter side becomes `resolution` (Lanczos), then a square is cut: the middle, or one drawn from `rng`."""
-    scale = resolution / min(image.size)
+    """A square of `resolution` pixels: the middle, or one drawn from `rng`.
+
+    Its side is the fraction `crop` of the picture's shorter side, or as much more as it takes not to enlarge it. The
+    picture is resized (Lanczos) before it is cut.
+    """
+    scale = max(resolution, min(resolution / crop, min(image.size))) / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)

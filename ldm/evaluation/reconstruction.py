@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder import AutoencoderKL, PerceptualLoss
+from autoencoder import Autoencoder, PerceptualLoss
 from ldm.data.batches import Transform
 from ldm.data.sources import Source
 from ldm.data.transforms import BadImage, to_images
@@ -22,13 +22,13 @@ MAX_PSNR = 100.0
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, reconstructions) of every batch: the posterior's mode, decoded and clamped to [-1, 1]."""
+def reconstruct(vae: Autoencoder, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, reconstructions) of every batch: the posterior's mode or its codes, decoded and clamped to [-1, 1]."""
     for x in batches:
-        yield x, vae.decode(vae.encode(x).mode()).float().clamp(-1, 1)
+        yield x, vae.reconstruct(x).float().clamp(-1, 1)
 
 
-def mean_psnr(vae: AutoencoderKL, batches: Iterable[Tensor]) -> float:
+def mean_psnr(vae: Autoencoder, batches: Iterable[Tensor]) -> float:
     """Mean over images of the PSNR in dB."""
     return float(torch.cat([psnr(x, y) for x, y in reconstruct(vae, batches)]).mean())
 
@@ -90,7 +90,7 @@ class ReconstructionFigures:
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     batches: Iterable[Tensor],
     perceptual: Mapping[str, PerceptualLoss],
     features: Mapping[str, FeatureNet],
@@ -130,7 +130,7 @@ def evaluate_reconstruction(
     return ReconstructionFigures(metrics, each)
 
 
-def comparison_grid(vae: AutoencoderKL, pictures: Pictures, values: Tensor, count: int = 8) -> Image.Image:
+def comparison_grid(vae: Autoencoder, pictures: Pictures, values: Tensor, count: int = 8) -> Image.Image:
     """The `count` worst pictures by PSNR and the `count` around the median: originals above reconstructions.
 
     Args:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL, CodebookUpdate, VQConfig, VQModel
+from autoencoder.config import BlocksConfig
 from autoencoder.model import current_key
 from conditioning import ClipTextConfig, ClipTextModel, ClipTokenizer
 from ldm.interop.checkpoint import Part
@@ -22,6 +23,7 @@ from ldm.networks.config import UNetConfig
 PARSERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "unet": UNetConfig.from_dict,
     "vae": AutoencoderConfig.from_dict,
+    "vqvae": VQConfig.from_dict,
     "text_encoder": ClipTextConfig.from_dict,
     "text_encoder_2": ClipTextConfig.from_dict,
 }
@@ -56,11 +58,11 @@ def _refuse_deep(config: Any, part: Part) -> None:
         raise ModelError(f"{part.config_source} names {deep} layers, but {part.source} holds {len(part.state)} tensors")
 
 
-def layers(config: UNetConfig | AutoencoderConfig | ClipTextConfig) -> int:
+def layers(config: UNetConfig | BlocksConfig | ClipTextConfig) -> int:
     """How many layers a config asks for, counted before any is built."""
     if isinstance(config, UNetConfig):
         return sum(level.layers * (1 + level.depth) for level in config.down_levels()) + config.mid_level().depth
-    if isinstance(config, AutoencoderConfig):
+    if isinstance(config, BlocksConfig):
         return config.layers_per_block * len(config.block_out_channels)
     return config.num_hidden_layers
 
@@ -70,10 +72,16 @@ def build_unet(part: Part) -> UNet:
     return _built(UNet, parsed(part, "unet"), part)
 
 
-def build_vae(part: Part) -> AutoencoderKL:
-    """The autoencoder of a checkpoint, in float32 and eval mode; old names of its attention are understood."""
+def build_vae(part: Part, update: CodebookUpdate = CodebookUpdate()) -> Autoencoder:
+    """The autoencoder of a checkpoint, in float32 and eval mode; old names of its attention are understood.
+
+    Its config's `_class_name` says which kind it is, AutoencoderKL without; `update` is how a codebook learns.
+    """
     current = {current_key(key): value for key, value in part.state.items()}
-    return _built(AutoencoderKL, parsed(part, "vae"), replace(part, state=current))
+    renamed = replace(part, state=current)
+    if part.config.get("_class_name") == "VQModel":
+        return _built(lambda config: VQModel(config, update), parsed(part, "vqvae"), renamed)
+    return _built(AutoencoderKL, parsed(part, "vae"), renamed)
 
 
 def build_text_model(part: Part) -> ClipTextModel:

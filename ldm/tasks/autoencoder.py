@@ -13,7 +13,6 @@ from autoencoder import (
     DiscriminatorPenalties,
     LossState,
     LossWeights,
-    Reconstruction,
     discriminator_accuracy,
     discriminator_loss,
     generator_image_gradient,
@@ -23,8 +22,8 @@ from autoencoder import (
 )
 from autoencoder.perceptual import FeatureDistance
 from ldm.data.batches import PixelBatch
-from ldm.sampling import randn_rows
 from ldm.seeds import generator
+from ldm.tasks.bottleneck import Bottleneck
 
 
 class GeneratorLoss(NamedTuple):
@@ -40,8 +39,8 @@ class AutoencoderTask:
     """The parts of stage one, built and placed.
 
     `model` and `discriminator` may be wrapped for distributed training; `bare_discriminator` is the same network
-    without its wrapper, for the pass in which it takes no gradient. `state` is what the losses learn and remember.
-    `reduce_mean` averages a tensor over all processes.
+    without its wrapper, for the pass in which it takes no gradient. `state` is what the losses learn and remember,
+    `bottleneck` the kind of latent space. `reduce_mean` averages a tensor over all processes.
     """
 
     model: nn.Module
@@ -51,42 +50,47 @@ class AutoencoderTask:
     weights: LossWeights
     penalties: DiscriminatorPenalties
     state: LossState
-    latent_shape: tuple[int, ...]
+    bottleneck: Bottleneck
     seed: int
     reduce_mean: Callable[[Tensor], Tensor]
 
     def generator_loss(self, batch: PixelBatch, step: int) -> GeneratorLoss:
-        """reconstruction + perceptual + KL, and the adversarial term from `discriminator_start` on.
+        """reconstruction + perceptual + the latents' regulariser; from `discriminator_start` on the adversary.
 
         The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021,
         eq. 7) follows from them by one weight gradient of the last convolution, so the decoder is walked back only
         once. The surrogate <image, gradient> has exactly that gradient. A log-variance that is learnt gets the gradient
-        of the nll. The discriminator's own gradients are left alone. A frozen encoder's KL is constant and only logged.
+        of the nll. The discriminator's own gradients are left alone.
         """
         rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
-        noise = randn_rows((len(rows), *self.latent_shape), rows)
-        out: Reconstruction = self.model(batch.image, noise.to(batch.image.device))
-        leaf = out.image.detach().float().requires_grad_()
+        out = self.bottleneck(self.model, batch.image, rows, step)
+        leaf = precise(out.image.detach()).requires_grad_()
         distance = self._distance(leaf, batch.image)
         image_loss = nll(leaf, batch.image, distance, self.weights, self.state.logvar)
         surrogate = self._logvar_surrogate(image_loss)
-        kl = out.posterior.kl().mean()
-        terms = {"nll": image_loss.detach(), "perceptual": distance.detach().mean(), "kl": kl.detach()}
+        terms = {"nll": image_loss.detach(), "perceptual": distance.detach().mean(), **out.terms}
         terms["l1"] = (leaf - batch.image).detach().abs().mean()
         if self.state.logvar.requires_grad:
             terms["logvar"] = self.state.logvar.detach().clone()
         if self.weights.discriminator_active(step):
-            g_loss = generator_loss(self.bare_discriminator(leaf).float())
-            shape = (leaf.shape[1], out.features.shape[1], 3, 3)
+            logits = precise(self.bare_discriminator(leaf))
+            g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
-                image_loss, g_loss, leaf, out.features.float(), shape, self.weights.discriminator, self.reduce_mean
+                image_loss,
+                g_loss,
+                leaf,
+                precise(out.features),
+                (leaf.shape[1], out.features.shape[1], 3, 3),
+                self.weights.discriminator,
+                self.reduce_mean,
+                2.0 ** logits.numel().bit_length(),
             )
             terms |= {"generator": g_loss.detach(), "adaptive_weight": adaptive}
         else:
             (gradient,) = torch.autograd.grad(image_loss, leaf)
-        surrogate = surrogate + (out.image.float() * gradient).sum()
-        if kl.requires_grad:
-            surrogate = surrogate + self.weights.kl * kl
+        surrogate = surrogate + (precise(out.image) * gradient).sum()
+        if out.loss is not None:
+            surrogate = surrogate + out.loss
         return GeneratorLoss(surrogate, leaf.detach(), terms)
 
     def discriminator_loss(self, batch: PixelBatch, image: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,7 +100,7 @@ class AutoencoderTask:
         """
         r1_weight = self.penalties.r1_weight(step)
         pictures = batch.image.detach().requires_grad_(r1_weight > 0)
-        real, fake = self.discriminator(pictures).float(), self.discriminator(image).float()
+        real, fake = precise(self.discriminator(pictures)), precise(self.discriminator(image))
         loss = discriminator_loss(real, fake, self.weights.discriminator_loss)
         terms = {
             "discriminator": loss.detach(),
@@ -113,8 +117,9 @@ class AutoencoderTask:
         return loss, terms
 
     def remember(self, terms: Mapping[str, Tensor]) -> None:
-        """Moves LeCam's averages by one optimiser step, whose terms these are; every process must call it."""
-        if self.penalties.lecam > 0:
+        """Moves the averages of codebook and LeCam by one optimiser step, whose terms these are; in every process."""
+        self.bottleneck.remember()
+        if self.penalties.lecam > 0 and "logits_real" in terms:
             means = self.reduce_mean(torch.stack([terms["logits_real"], terms["logits_fake"]]))
             self.state.lecam.update(means[0], means[1])
 
@@ -134,3 +139,8 @@ class AutoencoderTask:
             return image.new_zeros(len(image))
         distance: Tensor = self.perceptual(image, target)
         return distance
+
+
+def precise(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

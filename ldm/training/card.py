@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder, VQModel
 from ldm.config import AutoencoderTraining, DataConfig, LdmTraining
 from ldm.config_file import dump_config
 
 
-def autoencoder_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float) -> str:
+def autoencoder_card(config: AutoencoderTraining, vae: Autoencoder, psnr: float) -> str:
     """The card of a stage-one model."""
-    factor, channels = vae.downsample_factor, vae.config.latent_channels
+    factor, channels = vae.downsample_factor, vae.latent_channels
+    kind = f"{vae.config.num_vq_embeddings} codes" if isinstance(vae, VQModel) else "KL-regularised"
     origin = "measured on the training data" if config.scaling_factor is None else "given by the config"
     if config.freeze_encoder:
         origin = "kept from the pretrained model"
     start = f"Fine-tuned from `{config.pretrained}`. " if config.pretrained else ""
     return f"""# Autoencoder trained with ldm
 
-KL-regularised autoencoder, f{factor}, {channels} latent channels, for {config.data.resolution} px images.
+Autoencoder, {kind}, f{factor}, {channels} latent channels, for {config.data.resolution} px images.
 {start}Validation PSNR {psnr:.2f} dB. Latent scale {vae.config.scaling_factor:.5f}, {origin}.
 
 {_data(config.data)}

@@ -6,12 +6,17 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import Protocol
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from autoencoder import DiagonalGaussian, LatentStatistics
+from autoencoder import Autoencoder, DiagonalGaussian, LatentStatistics, VQModel
+from autoencoder.vq import codebook_usage
+
+SKIPS_IN_A_ROW = 10
+"""So many updates in a row that must not happen end a run."""
 
 
 def named_batch(step: int, keys: Sequence[str], most: int = 32) -> str:
@@ -29,7 +34,7 @@ class UpdateGuard:
     of level is accepted after a while. The window is part of a run's state.
     """
 
-    def __init__(self, spike: float | None = None, window: int = 200, limit: int = 10) -> None:
+    def __init__(self, spike: float | None = None, window: int = 200, limit: int = SKIPS_IN_A_ROW) -> None:
         self.spike, self.limit = spike, limit
         self.losses: deque[float] = deque(maxlen=window)
         self.in_a_row, self.total = 0, 0
@@ -130,6 +135,58 @@ class DiscriminatorWatch:
         )
 
 
+class LatentWatch(Protocol):
+    """What a validation finds out about the latents."""
+
+    def figures(self) -> dict[str, float]:
+        """Scalars to log."""
+        ...
+
+    def warning(self, step: int) -> str | None:
+        """One line where the latents collapsed."""
+        ...
+
+
+def watched_latents(vae: Autoencoder, batches: Iterable[Tensor]) -> LatentWatch:
+    """The watch that fits the model, having seen images [B, 3, H, W] in batches."""
+    if isinstance(vae, VQModel):
+        return CodebookWatch.of(vae, batches)
+    return PosteriorWatch.of(vae.moments(images) for images in batches)
+
+
+class CodebookWatch:
+    """Finds a codebook of which few codes are in use.
+
+    Args:
+        indices: the code of every position that was seen, int64.
+        codes: how many there are.
+        threshold: least fraction of the codes that must occur, where there are enough positions to show it.
+    """
+
+    def __init__(self, indices: Tensor, codes: int, threshold: float = 0.1) -> None:
+        self.codes, self.threshold = codes, threshold
+        self.perplexity, self.used = (float(value) for value in codebook_usage(indices, codes))
+        self.reachable = min(1.0, indices.numel() / codes)
+
+    @classmethod
+    def of(cls, vae: VQModel, batches: Iterable[Tensor]) -> CodebookWatch:
+        """A watch that has seen images [B, 3, H, W] in batches."""
+        seen = [vae.quantize(vae.encode(images)).indices.flatten() for images in batches]
+        return cls(torch.cat(seen), vae.config.num_vq_embeddings)
+
+    def figures(self) -> dict[str, float]:
+        return {"codebook_used": self.used, "codebook_perplexity": self.perplexity}
+
+    def warning(self, step: int) -> str | None:
+        """One line where the codebook collapsed."""
+        if self.used >= self.threshold * self.reachable:
+            return None
+        return (
+            f"step {step}: warning: {self.used:.1%} of the {self.codes} codes are in use (perplexity "
+            f"{self.perplexity:.1f}); try codebook.update ema, or lower codebook.num_vq_embeddings"
+        )
+
+
 class PosteriorWatch:
     """Finds latent channels that carry no information about the image.
 
@@ -172,6 +229,15 @@ class PosteriorWatch:
     def dead_channels(self) -> list[int]:
         """Indices of the channels below the threshold."""
         return [index for index, nats in enumerate(self.nats().tolist()) if nats < self.threshold]
+
+    def figures(self) -> dict[str, float]:
+        """The number of dead channels, and mean and standard deviation of the latents by channel."""
+        if self.statistics is None:
+            return {}
+        mean, std = self.statistics.channel_mean.tolist(), self.statistics.channel_std.tolist()
+        found = {"dead_channels": float(len(self.dead_channels()))}
+        found |= {f"latent_mean/{index}": value for index, value in enumerate(mean)}
+        return found | {f"latent_std/{index}": value for index, value in enumerate(std)}
 
     def warning(self, step: int) -> str | None:
         """One line that names the dead channels, if there are any."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder
 from ldm.config import DataConfig, LdmTraining
 from ldm.data.batches import SkipCounter, Transform
 from ldm.data.latents import (
@@ -37,7 +37,7 @@ def trial_data(data: DataConfig) -> DataConfig:
 
 
 def encoded_data(
-    source: Source, config: LdmTraining, vae: AutoencoderKL, folder: Path, accelerator: Accelerator, skips: SkipCounter
+    source: Source, config: LdmTraining, vae: Autoencoder, folder: Path, accelerator: Accelerator, skips: SkipCounter
 ) -> LatentCache:
     """The latent cache of the training data; encoded by all processes together unless a valid one exists."""
     settings = CacheSettings(
@@ -65,7 +65,7 @@ def encoded_data(
     return LatentCache(folder, settings)
 
 
-def _encoder(vae: AutoencoderKL, batch_size: int) -> Callable[[Tensor], Tensor]:
+def _encoder(vae: Autoencoder, batch_size: int) -> Callable[[Tensor], Tensor]:
     """Pixels [N, 3, H, W] -> moments [N, 2C, h, w] on the CPU, `batch_size` at a time."""
     device = next(vae.parameters()).device
 
@@ -76,7 +76,7 @@ def _encoder(vae: AutoencoderKL, batch_size: int) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-def validation_latents(source: Source, config: LdmTraining, vae: AutoencoderKL) -> LatentBatch | None:
+def validation_latents(source: Source, config: LdmTraining, vae: Autoencoder) -> LatentBatch | None:
     """The first readable pictures of a source and the first caption of each; None where the config wants none.
 
     Raises:

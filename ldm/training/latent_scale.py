@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from autoencoder import AutoencoderKL, LatentStatistics, fold_into_convolutions
+from autoencoder import Autoencoder, LatentStatistics, VQModel, fold_into_convolutions
 from ldm.config import AutoencoderTraining
 
 
-def latent_scale(vae: AutoencoderKL, moments: Iterable[Tensor], config: AutoencoderTraining) -> dict[str, Any]:
+def latent_scale(vae: Autoencoder, moments: Iterable[Tensor], config: AutoencoderTraining) -> dict[str, Any]:
     """Fields to replace in the model's config: none with a frozen encoder, the given scale, or what is measured.
 
     The measured channel means are folded into the 1x1 convolutions where there are any, because the diffusers pipeline
@@ -31,8 +31,11 @@ def latent_scale(vae: AutoencoderKL, moments: Iterable[Tensor], config: Autoenco
         return {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
     fold_into_convolutions(vae, statistics.channel_mean)
     std = statistics.channel_std
+    scale = float(std.square().mean() ** -0.5)
+    if isinstance(vae, VQModel):
+        return {"scaling_factor": scale}
     return {
-        "scaling_factor": float(std.square().mean() ** -0.5),
+        "scaling_factor": scale,
         "shift_factor": None,
         "latents_mean": (0.0,) * len(std),
         "latents_std": tuple(std.tolist()),

@@ -154,12 +154,6 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def clip(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips the gradients' total norm to `max_norm` (None: leaves them) and returns the norm from before."""
-    norm = accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
-    return torch.as_tensor(norm)
-
-
 def parameter_count(module: nn.Module) -> str:
     """For instance `1.73 M`."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder
 from ldm.config import AutoencoderTraining, LdmTraining
 from ldm.data.latents import LatentBatch
 from ldm.data.transforms import to_images
@@ -23,7 +23,7 @@ from ldm.pipeline import TextToImage
 from ldm.pretrained import Model
 from ldm.tasks.text_to_image import TextToImageTask
 from ldm.training.ema import Ema
-from ldm.training.guards import PosteriorWatch
+from ldm.training.guards import watched_latents
 from ldm.training.launch import tracker_image
 from ldm.training.log import TrainingLog
 from ldm.training.run_dir import RunDir
@@ -33,7 +33,7 @@ CHUNK = 32
 
 
 def validate_autoencoder(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     ema: Ema,
     images: Tensor,
     config: AutoencoderTraining,
@@ -42,18 +42,18 @@ def validate_autoencoder(
     stop: StopSignal,
     step: int,
 ) -> None:
-    """PSNR of `images` [N, 3, R, R], dead latent channels, and a grid of originals above reconstructions."""
+    """PSNR of `images` [N, 3, R, R], what became of the latents, and a grid of originals above reconstructions."""
     if not log.accelerator.is_main_process:
         return
     with stop.interruptible(), ema.applied(), torch.no_grad():
         batches = [chunk.to(log.accelerator.device) for chunk in torch.split(images, CHUNK)]
         value = mean_psnr(vae, stop.checked(batches))
-        posterior = PosteriorWatch.of(vae.moments(chunk) for chunk in stop.checked(batches))
+        latents = watched_latents(vae, stop.checked(batches))
         x, y = next(reconstruct(vae, [batches[0][: config.validation.num_images]]))
         grid = image_grid(to_images(x) + to_images(y), columns=len(x), min_side=64)
-        log.write(step, {"validation_psnr": value, "dead_channels": len(posterior.dead_channels())})
+        log.write(step, {"validation_psnr": value, **latents.figures()})
         log.say(f"step {step}: validation PSNR {value:.2f} dB")
-        log.say(posterior.warning(step))
+        log.say(latents.warning(step))
         tracker_image(log.accelerator, "reconstructions", grid, step)
         grid.save(run.sample(step))
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.batches import Transform
+from ldm.data.sources import Example
 from ldm.data.transforms import MAX_PIXELS, BadImage, open_image, resize_and_crop, to_images, to_tensor
+from ldm.seeds import seed_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -213,3 +216,31 @@ def test_images_are_clamped_and_rounded_to_the_nearest_level() -> None:
     row = torch.tensor([-7.0, 7.0, (2 * 100.4) / 255 - 1, (2 * 100.6) / 255 - 1])
     image = to_images(row.expand(1, 3, 1, 4))[0]
     assert pixels(image)[0, :, 0].tolist() == [0, 255, 100, 101]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "seen"),
+    [((96, 64), 1.0, 64), ((96, 64), 0.5, 32), ((64, 200), 0.75, 48), ((96, 64), 0.1, 16), ((10, 12), 0.5, 10)],
+)
+def test_a_crop_shows_its_fraction_of_the_shorter_side_and_is_not_enlarged(
+    size: tuple[int, int], crop: float, seen: int
+) -> None:
+    """A ramp of one level a pixel: the first and last level of the square tell how much of the picture it shows."""
+    columns = np.broadcast_to(np.arange(size[0], dtype=np.uint8), size[::-1])
+    ramp = Image.fromarray(np.stack([columns] * 3, axis=-1))
+    row = pixels(resize_and_crop(ramp, 16, crop=crop))[8, :, 0]
+    middle = (size[0] - 1) / 2
+    assert row[-1] - row[0] == pytest.approx(seen * 15 / 16, abs=2)
+    assert (row[0] + row[-1]) / 2 == pytest.approx(middle, abs=2)
+
+
+def test_crops_of_many_sizes_are_drawn_anew_in_every_epoch_and_repeat() -> None:
+    example = Example(noise(size=(96, 64)), ("",), "k")
+    transform = Transform(16, center_crop=False, random_flip=True, seed=1, min_crop=0.3)
+    first = [transform(example, epoch, 5) for epoch in range(4)]
+    assert all(torch.equal(x, transform(example, epoch, 5)) for epoch, x in enumerate(first))
+    assert not any(torch.equal(first[0], x) for x in first[1:])
+    whole = Transform(16, center_crop=False, random_flip=True, seed=1)
+    plain = random.Random(seed_of(1, "augment", 0, 5))
+    flip = plain.random() < 0.5
+    assert torch.equal(whole(example, 0, 5), to_tensor(resize_and_crop(example.image, 16, False, flip, plain)))

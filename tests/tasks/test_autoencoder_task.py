@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from autoencoder import AutoencoderConfig, AutoencoderKL, discriminator_loss, nll
-from ldm.build import build_autoencoder, build_discriminator, build_loss_state, build_loss_weights, build_penalties
+from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
+from ldm.build import (
+    build_autoencoder,
+    build_bottleneck,
+    build_discriminator,
+    build_loss_state,
+    build_loss_weights,
+    build_penalties,
+)
 from ldm.config import (
     AutoencoderLossConfig,
     AutoencoderTraining,
@@ -23,6 +31,11 @@ from ldm.config import (
     OptimizerConfig,
 )
 from ldm.data.batches import PixelBatch
+from ldm.interop.checkpoint import read_folder
+from ldm.networks import UNet, UNetConfig
+from ldm.pretrained import Model, write_model
+from ldm.process import DiffusionConfig
+from ldm.single_file import write_single_file
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.optim import adamw
 
@@ -50,9 +63,18 @@ class Run:
         self.critic = build_discriminator(chosen.discriminator, chosen.seed)
         self.state = build_loss_state(chosen.loss)
         weights, penalties = build_loss_weights(chosen.loss), build_penalties(chosen.discriminator)
-        shape = (self.vae.config.latent_channels, 8, 8)
+        bottleneck = build_bottleneck(chosen, self.vae, lambda x: x)
         self.task = AutoencoderTask(
-            self.vae, self.critic, self.critic, None, weights, penalties, self.state, shape, chosen.seed, lambda x: x
+            self.vae,
+            self.critic,
+            self.critic,
+            None,
+            weights,
+            penalties,
+            self.state,
+            bottleneck,
+            chosen.seed,
+            lambda x: x,
         )
         rates = OptimizerConfig(learning_rate=1e-3, adam_weight_decay=0.1)
         self.optimizer = adamw(self.vae.parameters(), rates, 1e-3, undecayed=self.state.parameters())
@@ -67,8 +89,8 @@ class Run:
             d_loss.backward()
             terms |= d_terms
             self.d_optimizer.step()
-            self.task.remember(terms)
         self.optimizer.step()
+        self.task.remember(terms)
         self.optimizer.zero_grad()
         self.d_optimizer.zero_grad()
         return terms
@@ -256,3 +278,37 @@ def test_a_pretrained_model_that_cannot_serve_is_refused(
     with pytest.raises(ConfigError) as error:
         build_autoencoder(dataclasses.replace(tuning(tmp_path / "model"), **changes))
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
+
+
+def test_a_model_in_a_single_file_of_the_original_layout_is_a_start_too(tmp_path: Path) -> None:
+    """Written with the tests' tiny model; the autoencoder's tensors come back under their own names."""
+    shape = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    torch.manual_seed(5)
+    vae = AutoencoderKL(shape)
+    unet = UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            norm_num_groups=4,
+            attention_head_dim=2,
+        )
+    )
+    tokenizer = ClipTokenizer.train(["a red circle"] * 3, 600, 8)
+    text = ClipTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    encoder = ClipTextEncoder(tokenizer, ClipTextModel.from_scratch(text, torch.Generator().manual_seed(1)))
+    write_model(Model(vae, unet, encoder, DiffusionConfig()), tmp_path / "model")
+    write_single_file(read_folder(tmp_path / "model"), tmp_path / "model.safetensors")
+    tuned = build_autoencoder(tuning(tmp_path / "model.safetensors", freeze_encoder=True))
+    assert tuned.state_dict().keys() == vae.state_dict().keys()
+    assert equal(dict(tuned.state_dict()), dict(vae.state_dict()))
+    assert not any(parameter.requires_grad for parameter in tuned.encoder.parameters())

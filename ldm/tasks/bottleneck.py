@@ -1,0 +1,124 @@
+"""What differs between the two kinds of latent space in a training step: how they are regularised and what they log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics
+from ldm.sampling import randn_rows
+
+
+class Bottled(NamedTuple):
+    """Reconstructions [B, 3, H, W], the last layer's input [B, E, H, W], the weighted regulariser (None: constant)."""
+
+    image: Tensor
+    features: Tensor
+    loss: Tensor | None
+    terms: dict[str, Tensor]
+
+
+class Bottleneck(Protocol):
+    """A latent space under training; `term` names the unweighted regulariser among its terms."""
+
+    term: str
+
+    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        """Encodes and decodes images [B, 3, H, W] with the model, which may be wrapped; draws from `rows`, one each."""
+        ...
+
+    def remember(self) -> None:
+        """Called once an update has happened, by every process."""
+        ...
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        """What a run's state must hold beside the weights."""
+        ...
+
+
+class GaussianBottleneck:
+    """Samples of the posterior and weight * KL(q(z | x) || N(0, 1)), summed over a latent, averaged over the batch.
+
+    A frozen encoder's KL is a constant and only logged.
+
+    Args:
+        weight: of the KL, 1e-6 in the published recipe.
+        latent_shape: (C, h, w).
+    """
+
+    term = "kl"
+
+    def __init__(self, weight: float, latent_shape: tuple[int, ...]) -> None:
+        self.weight, self.latent_shape = weight, latent_shape
+
+    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        noise = randn_rows((len(rows), *self.latent_shape), rows)
+        out: Reconstruction = model(image, noise.to(image.device))
+        kl = out.posterior.kl().mean()
+        return Bottled(out.image, out.features, self.weight * kl if kl.requires_grad else None, {"kl": kl.detach()})
+
+    def remember(self) -> None:
+        """There is nothing to remember."""
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        return {}
+
+
+class CodebookBottleneck:
+    """The nearest codes and weight * (codebook loss + commitment * commitment loss) (van den Oord et al. 2017, eq. 3).
+
+    Both losses are means over the latents' values and count once for each value of an image, as the reconstruction
+    does; the published weights presume that. Where moving averages move the codebook, what its codes were assigned is
+    gathered over the micro-batches of a step, averaged over processes, and absorbed once the update has happened. The
+    statistics are scaled to one member a code on average, so that they do not depend on how the batch is cut.
+
+    Args:
+        vae: the model without its wrapper.
+        weight, commitment: 1 and 0.25 in the published recipe.
+        reduce_mean: averages a tensor over all processes.
+    """
+
+    term = "commitment"
+
+    def __init__(self, vae: VQModel, weight: float, commitment: float, reduce_mean: Callable[[Tensor], Tensor]) -> None:
+        self.vae, self.weight, self.commitment, self.reduce_mean = vae, weight, commitment, reduce_mean
+        self.codes = len(vae.quantize.embedding.weight)
+        self.step, self.gathered = -1, list[Tensor]()
+
+    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        out: VQReconstruction = model(image)
+        found = out.quantized
+        self._gather(step, out.latents.detach(), found.indices)
+        loss = self.weight * image[0].numel() * found.loss(self.commitment)
+        terms = {
+            "codebook": found.codebook_loss.detach(),
+            "commitment": found.commitment_loss.detach(),
+            "perplexity": found.perplexity,
+            "codes_used": found.used,
+        }
+        return Bottled(out.image, out.features, loss if loss.requires_grad else None, terms)
+
+    def remember(self) -> None:
+        """Moves the codebook's averages by the step that was gathered last, where it has any."""
+        if self.vae.quantize.update.rule == "ema":
+            statistics = self.reduce_mean(torch.stack(self.gathered).mean(0))
+            self.vae.update_codebook(statistics[:, 0], statistics[:, 1:])
+
+    def parts(self) -> Mapping[str, CodebookBottleneck]:
+        return {} if self.vae.quantize.update.rule == "loss" else {"codebook": self}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The codebook's averages; to be loaded after the weights."""
+        return self.vae.codebook_state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.vae.load_codebook_state(state)
+
+    def _gather(self, step: int, latents: Tensor, indices: Tensor) -> None:
+        if step != self.step:
+            self.step, self.gathered = step, []
+        counts, sums = code_statistics(latents, indices, self.codes)
+        self.gathered.append(torch.cat([counts.unsqueeze(1), sums], dim=1) * (self.codes / indices.numel()))
