@@ -44,6 +44,7 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "init_image": (str, type(None)),
     "strength": (int, float),
     "mask": (str, type(None)),
+    "prompt_syntax": (str,),
 }
 """What the `ldm` text chunk of a PNG holds."""
 
@@ -55,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts-file", "--from-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--negative-prompt", "-n", default=None, help="what to stay away from")
     p.add_argument("--model", "-m", default=None, help="model folder or hub id (default: the bundled model)")
+    p.add_argument(
+        "--prompt-syntax",
+        choices=("plain", "a1111"),
+        default="plain",
+        help="a1111: (word), (words:1.3) and [word] weight words, \\( is a bracket",
+    )
     p.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     p.add_argument("--steps", "--num-inference-steps", type=int, default=None)
     p.add_argument("--guidance-scale", "--cfg-scale", type=float, default=None)
@@ -100,7 +107,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     pipe = _load(args)
     loaded = time.perf_counter()
     for prompt in prompts:
-        cut = pipe.model.text_encoder.tokenizer.truncated(prompt)
+        cut = pipe.model.text_encoder.truncated(prompt)
         if cut:
             print(f"warning: the prompt is longer than the model reads; left out: {cut!r}", file=sys.stderr)
     images = _draw(pipe, args, prompts, init, mask)
@@ -159,6 +166,7 @@ def _draw(
             strength=args.strength,
             mask=mask,
             progress=bar.update,
+            prompt_syntax=args.prompt_syntax,
         )
 
 
@@ -199,6 +207,7 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
         "init_image": args.init_image,
         "strength": args.strength,
         "mask": args.mask,
+        "prompt_syntax": args.prompt_syntax,
     }
 
 
