@@ -28,12 +28,12 @@ def read_transformers_encoder(folder: Path) -> TransformersTextEncoder | None:
     Raises:
         ValueError: a file is damaged, or the parts do not fit each other.
     """
-    parts = [folder / name for name in FOLDERS]
-    kind = _read_json(parts[0] / "config.json").get("model_type")
+    text_encoder, tokenizer = (folder / name for name in FOLDERS)
+    kind = _read_json(text_encoder / "config.json").get("model_type")
     if kind in CLIP_TYPES:
         return None
     encoder = T5TextEncoder if kind in ENCODERS else TransformersTextEncoder
-    return encoder.from_pretrained(*parts).eval()
+    return encoder.from_pretrained(text_encoder, tokenizer).eval()
 
 
 def index_entries(encoder: TextEncoder) -> dict[str, Any]:
