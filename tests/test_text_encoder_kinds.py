@@ -190,7 +190,7 @@ def test_a_trained_encoder_is_not_cached() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PretrainedT5("/nowhere/t5"), "`text_encoder`: /nowhere/t5 is not a"),
+        (PretrainedT5("/nowhere/t5"), "`text_encoder`: /nowhere/t5 is no model folder"),
         (OpenClip("ViT-H-14"), "`text_encoder`: open_clip's ViT-H-14 needs pretrained weights"),
         (PretrainedTransformer(str(get_model_path()), 600), "`text_encoder`: max_length is 600"),
     ],
