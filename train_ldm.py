@@ -21,6 +21,7 @@ from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
 from ldm.pretrained import Model, read_vae, resolve, write_model
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
+from ldm.training.captions import caption_source
 from ldm.training.card import model_card
 from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
@@ -59,7 +60,8 @@ def main() -> None:
     data, latents = (trial_data(config.data), None) if launch.dry_run else (config.data, config.latents.folder)
     source = build_source(data, data.split, config.seed)
     skips = SkipCounter(data.max_bad_fraction)
-    cache = encoded_data(source, config, vae, Path(latents or run.folder / "latents"), accelerator, skips)
+    folder = Path(latents or run.folder / "latents")
+    cache = encoded_data(source, config, vae, folder, accelerator, skips)
     if launch.dry_run:
         pictures = len(build_source(config.data, data.split, config.seed))
         trial.mark(f"{len(source)} encoded pictures", pictures / len(source))
@@ -68,10 +70,10 @@ def main() -> None:
     vocabulary = itertools.islice(captions, CAPTIONS_FOR_VOCABULARY)
     with accelerator.main_process_first():
         text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
-    unet = build_unet(config, vae.latent_channels, text_encoder.model.config.hidden_size)
+    unet = build_unet(config, vae.latent_channels, text_encoder)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    network = ConditionedUNet(unet, text_encoder)
+    network = ConditionedUNet(unet, text_encoder, vae.downsample_factor)
     optimizer = optimizer_of(network, config.optimizer)
     accelerator.print(f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters")
 
@@ -83,10 +85,9 @@ def main() -> None:
     guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
     task = TextToImageTask(
         model,
-        text_encoder,
+        caption_source(config.latents, cache, held_out, text_encoder, folder / "text", accelerator),
         LatentCodec.from_config(vae),
         build_objective(config),
-        text_encoder.tokenize([""])[0],
         config.objective.proportion_empty_prompts,
         config.latents.sample_posterior,
         config.seed,

@@ -18,8 +18,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional
 
+from conditioning.encoder import FOLDERS, Fragment, TextEncoder
 from conditioning.tokenizer import ClipTokenizer, write_atomically
 from conditioning.types import Conditioning
+from conditioning.weighting import weighted
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 LEGACY_EOS_TOKEN_ID = 2
@@ -100,9 +102,9 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -131,8 +133,8 @@ class _Layer(nn.Module):
         self.mlp = _Mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
 
@@ -142,11 +144,11 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, skip_layers: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None, skip_layers: int) -> tuple[Tensor, Tensor]:
         """Outputs of the layer `skip_layers` before the last one, and of the last."""
         hidden = x
         for depth, layer in enumerate(self.layers, start=1):
-            x = layer(x)
+            x = layer(x, mask)
             if depth == len(self.layers) - skip_layers:
                 hidden = x
         return hidden, x
@@ -159,10 +161,14 @@ class _Transformer(nn.Module):
         self.encoder = _Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor, skip_layers: int) -> tuple[Tensor, Tensor]:
-        hidden, last = self.encoder(self.embeddings(input_ids), skip_layers)
+    def forward(
+        self, input_ids: Tensor, skip_layers: int, final_norm: bool, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, last = self.encoder(self.embeddings(input_ids), _causal_mask(attention_mask), skip_layers)
         normed = self.final_layer_norm(last)
-        return (self.final_layer_norm(hidden) if skip_layers else normed), normed
+        if skip_layers and final_norm:
+            hidden = self.final_layer_norm(hidden)
+        return (normed if final_norm and not skip_layers else hidden), normed
 
 
 class ClipTextModel(nn.Module):
@@ -176,23 +182,31 @@ class ClipTextModel(nn.Module):
             nn.Linear(config.hidden_size, config.projection_dim, bias=False) if with_projection else None
         )
 
-    def forward(self, input_ids: Tensor, skip_layers: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        skip_layers: int = 0,
+        final_norm: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Encode token ids [B, L].
 
         `skip_layers` = n takes the hidden states n layers before the last one (1: the penultimate), passed
-        through the final layer norm, as diffusers' `clip_skip`. The pooled vector always has the full depth:
+        through the final layer norm, as diffusers' `clip_skip`; `final_norm` False leaves that norm out, as
+        SDXL does (Podell et al. 2023, section 2.1). The pooled vector always has the full depth and the norm:
         it is the state at the first end token, or at the highest id when `eos_token_id` is 2, a value that
-        CLIP configurations once held wrongly and that transformers reads in this way.
+        CLIP configurations once held wrongly and that transformers reads in this way. `attention_mask` [B, L]
+        is 0 where no token may look; its first column must be 1.
 
         Returns:
-            hidden states [B, L, hidden_size] after the final layer norm, and the pooled vector
-            [B, hidden_size], or [B, projection_dim] with projection.
+            hidden states [B, L, hidden_size], and the pooled vector [B, hidden_size], or [B, projection_dim]
+            with projection.
 
         Raises:
             ValueError: L exceeds `max_position_embeddings`, or `skip_layers` leaves no layer.
         """
         _require_layers(self.config, skip_layers)
-        hidden, last = self.text_model(input_ids, skip_layers)
+        hidden, last = self.text_model(input_ids, skip_layers, final_norm, attention_mask)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         pooled = last[rows, self._end_positions(input_ids)]
         return hidden, pooled if self.text_projection is None else self.text_projection(pooled)
@@ -265,11 +279,15 @@ class ClipTextModel(nn.Module):
         """Write `config.json` and `model.safetensors`, which any version of transformers reads."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        architecture = "CLIPTextModel" if self.text_projection is None else "CLIPTextModelWithProjection"
-        content = {"architectures": [architecture], **self.config.to_dict()}
+        content = {"architectures": [self.architecture], **self.config.to_dict()}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(path / WEIGHTS_FILE, serialize(state, metadata={"format": "pt"}))
         write_atomically(path / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that reads the folder."""
+        return "CLIPTextModel" if self.text_projection is None else "CLIPTextModelWithProjection"
 
     def _end_positions(self, input_ids: Tensor) -> Tensor:
         if self.config.eos_token_id == LEGACY_EOS_TOKEN_ID:
@@ -277,14 +295,15 @@ class ClipTextModel(nn.Module):
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 
 
-class ClipTextEncoder(nn.Module):
-    """Tokenizer and text model as one condition encoder: prompts -> ids -> `Conditioning`.
+class ClipTextEncoder(TextEncoder):
+    """Tokenizer and CLIP text model as one condition encoder; CLIP attends to its padding, so there is no mask.
 
     Args:
         tokenizer: text -> ids.
         model: ids -> hidden states.
         skip_layers: hidden states from so many layers before the last one (`ClipTextModel.forward`).
         trainable: whether the parameters take gradients.
+        final_norm: whether the context passes the final layer norm.
 
     Raises:
         ValueError: the tokenizer gives more ids or longer rows than the model has embeddings for, or
@@ -292,36 +311,72 @@ class ClipTextEncoder(nn.Module):
     """
 
     def __init__(
-        self, tokenizer: ClipTokenizer, model: ClipTextModel, skip_layers: int = 0, trainable: bool = False
+        self,
+        tokenizer: ClipTokenizer,
+        model: ClipTextModel,
+        skip_layers: int = 0,
+        trainable: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         _require_fit(tokenizer, model.config, skip_layers)
         self.tokenizer = tokenizer
         self.model = model.requires_grad_(trainable)
-        self.skip_layers = skip_layers
+        self.skip_layers, self.final_norm = skip_layers, final_norm
         self.trainable = trainable
+
+    @property
+    def context_dim(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def pooled_dim(self) -> int:
+        config = self.model.config
+        return config.hidden_size if self.model.text_projection is None else config.projection_dim
+
+    @property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        return dict(zip(FOLDERS, self._classes(), strict=True))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Ids [B, L] (long, CPU) with L the tokenizer's `model_max_length`."""
         return self.tokenizer(texts)
 
-    def encode(self, ids: Tensor) -> Conditioning:
-        """Context [B, L, D] and pooled vector of ids [B, L], on the model's device; CLIP uses no mask."""
-        context, pooled = self.model(ids.to(self.device), self.skip_layers)
+    def windows(self, text: str) -> Tensor:
+        """Ids [N, L]: the text cut into pieces of L - 2 tokens, each between start and end token."""
+        return self.tokenizer.windows(text)
+
+    def encode(self, tokens: Tensor) -> Conditioning:
+        """Context [B, L, D] and pooled vector of ids [B, L], on the model's device."""
+        return self.encode_masked(tokens, None)
+
+    def encode_masked(self, tokens: Tensor, attention_mask: Tensor | None) -> Conditioning:
+        """The same, with tokens that the others may not look at; see `ClipTextModel.forward`."""
+        context, pooled = self.model(tokens.to(self.device), self.skip_layers, self.final_norm, attention_mask)
         return Conditioning(context=context, pooled=pooled)
 
-    def null(self, n: int) -> Conditioning:
-        """`n` rows of the null condition: the encoding of the empty prompt."""
-        return self.encode(self.tokenize([""])).repeat_interleave(n)
+    def beyond_context(self) -> list[nn.Module]:
+        tower, last = self.model.text_model, len(self.model.text_model.encoder.layers) - self.skip_layers
+        layers = list(tower.encoder.layers)[last:]
+        norm = [] if self.final_norm else [tower.final_layer_norm]
+        projection = [] if self.model.text_projection is None else [self.model.text_projection]
+        return [*layers, *norm, *projection]
 
-    def forward(self, ids: Tensor) -> Conditioning:
-        """`encode`."""
-        return self.encode(ids)
+    def encode_fragments(self, fragments: Sequence[Fragment]) -> Conditioning:
+        """Weights applied to the context by `compel`; the pooled vector is that of the text without weights."""
+        plain = self.encode(self.windows(" ".join(text for text, _ in fragments))[:1])
+        return Conditioning(weighted(self, fragments), None, plain.pooled)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return self.model.text_model.final_layer_norm.weight.device
+    def save_parts(self, folder: Path) -> None:
+        self.save_as(folder, *FOLDERS)
+
+    def save_as(self, folder: Path, text_encoder: str, tokenizer: str) -> None:
+        """Write model and tokenizer into two subfolders of `folder`."""
+        self.model.save_pretrained(folder / text_encoder)
+        self.tokenizer.save_pretrained(folder / tokenizer)
+
+    def _classes(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        return ("transformers", self.model.architecture), ("transformers", "CLIPTokenizer")
 
     @classmethod
     def from_pretrained(
@@ -354,6 +409,15 @@ def canonical_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {name: tensor for name, tensor in kept.items() if name.startswith("text_model.")}
     prefixes = ("text_model.", "text_projection.")
     return {name if name.startswith(prefixes) else f"text_model.{name}": kept[name] for name in kept}
+
+
+def _causal_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """[B, 1, L, L] bool, True where a token may look; None stands for all earlier tokens."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    length = attention_mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
+    return earlier & attention_mask.bool()[:, None, None, :]
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

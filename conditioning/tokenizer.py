@@ -101,6 +101,22 @@ class ClipTokenizer:
         rows = [self._fit(self._tokenizer.encode(text).ids, length) for text in texts]
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
 
+    def windows(self, text: str) -> Tensor:
+        """Ids [N, model_max_length]: all tokens of `text` in pieces, each between start and end token and padded."""
+        ids, room = self.ids(text), self.model_max_length - 2
+        if room < 1:
+            raise ValueError(
+                f"model_max_length is {self.model_max_length}, expected at least 3 to cut a text in pieces"
+            )
+        pieces = [ids[start : start + room] for start in range(0, max(1, len(ids)), room)]
+        rows = [self._fit([self.bos_token_id, *piece, self.eos_token_id], room + 2) for piece in pieces]
+        return torch.tensor(rows, dtype=torch.long)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of `text` alone, without start and end token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def count(self, text: str) -> int:
         """Number of tokens of the whole `text`, start and end token included, before any truncation."""
         return len(self._tokenizer.encode(text).ids)

@@ -55,6 +55,32 @@ class Conditioning:
         """Each row `repeats` times, copies adjacent: [a, b] -> [a, a, b, b] for 2."""
         return self._map(lambda field: field.repeat_interleave(repeats, dim=0))
 
+    def joined(self) -> Conditioning:
+        """All rows as one: contexts [B, L, D] one after the other as [1, B·L, D], the pooled vector of the first."""
+        return Conditioning(
+            self.context.flatten(0, 1)[None],
+            None if self.context_mask is None else self.context_mask.flatten()[None],
+            None if self.pooled is None else self.pooled[:1],
+        )
+
+    def padded(self, length: int, filler: Conditioning) -> Conditioning:
+        """The same rows with copies of the one row `filler` behind them until they have `length` positions.
+
+        Raises:
+            ValueError: `filler` has several rows or other fields, or the missing positions are no multiple of its.
+        """
+        copies, rest = divmod(length - self.context.shape[1], filler.context.shape[1])
+        if len(filler) != 1 or copies < 0 or rest:
+            raise ValueError(
+                f"{self.context.shape[1]} positions cannot become {length} with {len(filler)} rows of "
+                f"{filler.context.shape[1]} positions"
+            )
+        parts = [self, *[filler.repeat_interleave(len(self))] * copies]
+        masks = [part.context_mask for part in parts if part.context_mask is not None]
+        return Conditioning(
+            torch.cat([part.context for part in parts], dim=1), torch.cat(masks, dim=1) if masks else None, self.pooled
+        )
+
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """Row i of this conditioning where `mask` [B] (bool) is True, else row i of `other`.
 

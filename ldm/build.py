@@ -25,16 +25,31 @@ from autoencoder import (
 )
 from autoencoder.config import BlocksConfig
 from autoencoder.perceptual import FeatureDistance
-from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
+from conditioning import (
+    ClipTextConfig,
+    ClipTextEncoder,
+    ClipTextModel,
+    ClipTokenizer,
+    DualTextEncoder,
+    T5TextEncoder,
+    TextEncoder,
+    TransformersTextEncoder,
+    read_open_clip,
+    text_folders,
+)
 from ldm.config import (
     AutoencoderLossConfig,
     AutoencoderTraining,
     ConfigError,
     DataConfig,
     DiscriminatorConfig,
+    DualClip,
     LdmTraining,
+    OpenClip,
     PerceptualConfig,
     PretrainedClip,
+    PretrainedT5,
+    PretrainedTransformer,
     ScratchClip,
     TextEncoderConfig,
 )
@@ -44,7 +59,7 @@ from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, open_source, open_stream
 from ldm.data.transforms import BadImage
 from ldm.networks import UNet
-from ldm.pretrained import read_vae, resolve
+from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_vae, resolve
 from ldm.process import Objective
 from ldm.seeds import generator, seed_of
 from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck
@@ -200,54 +215,88 @@ def build_loss_state(config: AutoencoderLossConfig) -> LossState:
 
 def build_text_encoder(
     config: TextEncoderConfig, captions: Iterable[str], seed: int, saved_tokenizer: Path
-) -> ClipTextEncoder:
-    """A pretrained text tower, or a new one whose vocabulary is learnt from the captions.
+) -> TextEncoder:
+    """A pretrained text encoder, or a new one whose vocabulary is learnt from the captions.
 
     The learnt vocabulary is kept in `saved_tokenizer`, so that a resumed run reads the same one.
+
+    Raises:
+        ConfigError: the pretrained one cannot be read or had.
     """
-    match config:
-        case PretrainedClip():
-            folder = resolve(config.path)
-            parts = [folder / "text_encoder", folder / "tokenizer"]
-            model, tokenizer = parts if all(p.is_dir() for p in parts) else (folder, folder)
-            tower = ClipTextModel.from_pretrained(model).without_last(config.clip_skip)
-            return ClipTextEncoder(ClipTokenizer.from_pretrained(tokenizer), tower, trainable=config.trainable)
-        case ScratchClip():
-            if not (saved_tokenizer / "tokenizer_config.json").exists():
-                ClipTokenizer.train(captions, config.vocab_size, config.max_length).save_pretrained(saved_tokenizer)
-            tokenizer_ = ClipTokenizer.from_pretrained(saved_tokenizer)
-            text = ClipTextConfig(
-                vocab_size=tokenizer_.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=4 * config.hidden_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                max_position_embeddings=config.max_length,
-                bos_token_id=tokenizer_.bos_token_id,
-                eos_token_id=tokenizer_.eos_token_id,
-                pad_token_id=tokenizer_.pad_token_id,
-            )
-            model_ = ClipTextModel.from_scratch(text, generator(seed, "text_encoder"))
-            return ClipTextEncoder(tokenizer_, model_, trainable=True)
-        case _:
-            raise ConfigError(f"`text_encoder.type` {type(config).__name__} is not clip or clip_from_scratch")
+    try:
+        match config:
+            case ScratchClip():
+                return _new_clip(config, captions, seed, saved_tokenizer)
+            case PretrainedClip():
+                tower, tokenizer = _clip_parts(config.path)
+                return ClipTextEncoder(tokenizer, tower.without_last(config.clip_skip), trainable=config.trainable)
+            case OpenClip():
+                encoder = read_open_clip(config.name, config.pretrained)
+                tower = encoder.model.without_last(config.clip_skip)
+                return ClipTextEncoder(encoder.tokenizer, tower, trainable=config.trainable)
+            case DualClip():
+                return _dual_clip(config)
+            case PretrainedT5():
+                parts = text_folders(resolve(config.path))
+                return T5TextEncoder.from_pretrained(*parts, config.max_length, config.trainable)
+            case PretrainedTransformer():
+                parts = text_folders(resolve(config.path))
+                return TransformersTextEncoder.from_pretrained(*parts, config.max_length, config.trainable)
+    except READ_ERRORS as error:
+        raise ConfigError(f"`text_encoder`: {error}") from error
+    raise ConfigError(f"`text_encoder.type` {type(config).__name__} is not known")
 
 
-def build_unet(config: LdmTraining, latent_channels: int, context_width: int) -> UNet:
+def _clip_parts(path: str, suffix: str = "") -> tuple[ClipTextModel, ClipTokenizer]:
+    model, tokenizer = text_folders(resolve(path), suffix)
+    return ClipTextModel.from_pretrained(model), ClipTokenizer.from_pretrained(tokenizer)
+
+
+def _dual_clip(config: DualClip) -> DualTextEncoder:
+    """The penultimate states of both towers without the final norm, and the second one's projection, as in SDXL."""
+    second = _clip_parts(config.path, "_2") if config.second_path is None else _clip_parts(config.second_path)
+    first, last = (
+        ClipTextEncoder(tokenizer, tower, 1, config.trainable, final_norm=False)
+        for tower, tokenizer in (_clip_parts(config.path), second)
+    )
+    return DualTextEncoder(first, last)
+
+
+def _new_clip(config: ScratchClip, captions: Iterable[str], seed: int, saved_tokenizer: Path) -> ClipTextEncoder:
+    if not (saved_tokenizer / "tokenizer_config.json").exists():
+        ClipTokenizer.train(captions, config.vocab_size, config.max_length).save_pretrained(saved_tokenizer)
+    tokenizer = ClipTokenizer.from_pretrained(saved_tokenizer)
+    text = ClipTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=4 * config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ClipTextEncoder(tokenizer, ClipTextModel.from_scratch(text, generator(seed, "text_encoder")), trainable=True)
+
+
+def build_unet(config: LdmTraining, latent_channels: int, text_encoder: TextEncoder) -> UNet:
     """A new U-Net, its weights a function of the seed.
 
     Raises:
         ConfigError: when its channels do not fit the autoencoder or its context does not fit the text encoder.
     """
     unet = config.unet
-    for name, value, other in (
-        ("in_channels", unet.in_channels, latent_channels),
-        ("out_channels", unet.out_channels, latent_channels),
-        ("cross_attention_dim", unet.cross_attention_dim, context_width),
-    ):
-        if value != other:
-            source = "text encoder's width" if name == "cross_attention_dim" else "autoencoder's latent channels"
-            raise ConfigError(f"`unet.{name}` is {value}, but the {source} is {other}")
+    latents = ("autoencoder's latent channels", latent_channels)
+    fitting = {
+        "in_channels": latents,
+        "out_channels": latents,
+        "cross_attention_dim": ("text encoder's width", text_encoder.context_dim),
+        POOLED_KEY: (POOLED, pooled_inputs(unet, text_encoder)),
+    }
+    for key, (source, wanted) in fitting.items():
+        if getattr(unet, key) != wanted:
+            raise ConfigError(f"`unet.{key}` is {getattr(unet, key)}, but the {source} is {wanted}")
     return UNet.from_scratch(unet, generator(config.seed, "unet"))
 
 

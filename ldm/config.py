@@ -281,6 +281,59 @@ class ScratchClip(TextEncoderConfig):
     max_length: int = 77
 
 
+@TextEncoderConfig.register_subclass("open_clip")
+@dataclass(frozen=True)
+class OpenClip(TextEncoderConfig):
+    """A text tower of open_clip, exported as a plain CLIP; `clip_skip` 1 takes the penultimate states, as SD 2.
+
+    `name` is an architecture with `pretrained`, a tag or a checkpoint file, or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`.
+    """
+
+    name: str = "ViT-H-14"
+    pretrained: str | None = None
+    clip_skip: int = 1
+    trainable: bool = False
+
+
+@TextEncoderConfig.register_subclass("clip_dual")
+@dataclass(frozen=True)
+class DualClip(TextEncoderConfig):
+    """Two CLIP text towers side by side, as in SDXL; `path` is a model folder or hub id in SDXL's layout.
+
+    `second_path` takes the second one from elsewhere: a folder or hub id as for `clip`.
+    """
+
+    path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    second_path: str | None = None
+    trainable: bool = False
+
+
+@TextEncoderConfig.register_subclass("t5")
+@dataclass(frozen=True)
+class PretrainedT5(TextEncoderConfig):
+    """The encoder of a T5, mT5 or UMT5 from a folder or hub id; captions are cut at `max_length` tokens."""
+
+    path: str = "google-t5/t5-base"
+    max_length: int = 128
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "text_encoder", 1, "max_length")
+
+
+@TextEncoderConfig.register_subclass("transformers")
+@dataclass(frozen=True)
+class PretrainedTransformer(TextEncoderConfig):
+    """Any text encoder that transformers' AutoModel reads; `max_length` null takes the model's own."""
+
+    path: str = "sentence-transformers/all-MiniLM-L6-v2"
+    max_length: int | None = None
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "text_encoder", 1, "max_length")
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Which noise levels are trained and how their errors are weighted.
@@ -315,10 +368,12 @@ class LatentCacheConfig:
     """The encoded data set on disk; `folder` null means `latents/` in the run folder.
 
     `sample_posterior` false trains on the mean of each picture's posterior instead of a new sample in every epoch.
+    `cache_text` keeps the encodings of all captions beside the latents; for text encoders that are not trained.
     """
 
     folder: str | None = None
     sample_posterior: bool = True
+    cache_text: bool = False
     dtype: Literal["float32", "float16"] = "float16"
     batch_size: int = 16
     shard_size: int = 8192
@@ -422,6 +477,11 @@ class LdmTraining:
         _require(
             self.data.min_crop == 1,
             f"`data.min_crop` is {self.data.min_crop}; stage two encodes every picture once, so it must be 1",
+        )
+        _require(
+            not self.latents.cache_text or not getattr(self.text_encoder, "trainable", True),
+            "`latents.cache_text` is true, but the text encoder is trained; it must be false, or "
+            "`text_encoder.trainable` false where the type has it",
         )
         steps, trained = self.validation.num_inference_steps, self.diffusion.num_train_timesteps
         _require(

@@ -13,8 +13,9 @@ from torch.nn.functional import interpolate
 
 from autoencoder import Decode, LatentCodec, strip_decode, tiled_decode
 from autoencoder.codec import whole_decode
-from conditioning import Conditioning
+from conditioning import Conditioning, PromptSyntax, condition_batches
 from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
+from ldm.networks import uncropped
 from ldm.pretrained import BUNDLED, Model, read_model, write_model
 from ldm.process import timesteps as spaced_timesteps
 from ldm.process.posterior import q_sample
@@ -103,10 +104,14 @@ class TextToImage:
         tiled: Literal["strips", "tiles"] | None = None,
         callback: Callback | None = None,
         progress: Callable[[int], object] | None = None,
+        prompt_syntax: PromptSyntax = "plain",
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of every prompt, prompt by prompt.
 
+        A prompt longer than the text encoder's window is encoded in several windows where the encoder can.
+
         Args:
+            prompt_syntax: `a1111` reads weights such as `(word:1.3)` and `[word]`, see `conditioning.weighting`.
             seed: picture i of the call uses seed + i; its noise is drawn on the CPU from its own generator.
             latents: initial noise [N, C, h, w], N(0, I), instead of drawn noise.
             batch_size: pictures at once; changes speed and memory only.
@@ -127,7 +132,7 @@ class TextToImage:
         if tiled not in DECODERS:
             raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        texts = [text for text in prompts for _ in range(num_images)]
+        count = len(prompts) * num_images
         shape = self._latent_shape(height, width)
         visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
         draw = named_sampler(self.setting("sampler", sampler))
@@ -137,15 +142,18 @@ class TextToImage:
         channels = self._inpainting_channels(init_image, mask, shape)
         if channels is not None:  # the network sees what to keep, and from strength 1 on nothing of the rest
             start, keep = start if strength < 1 else None, None
-        if latents is not None and latents.shape != (len(texts), *shape):
-            raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[len(texts), *shape]}")
+        if latents is not None and latents.shape != (count, *shape):
+            raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[count, *shape]}")
         images: list[Image.Image] = []
-        for first in range(0, len(texts), batch_size):
-            rows = range(first, min(first + batch_size, len(texts)))
+        first = 0
+        for condition, unconditional in condition_batches(
+            self.model.text_encoder, prompts, negative_prompt, num_images, batch_size, prompt_syntax
+        ):
+            rows = range(first, first + len(condition))
             rng = [_generator(seed + row) for row in rows]
             noise = randn_rows((len(rows), *shape), rng) if latents is None else latents[first : first + len(rows)]
             x = self._start(noise.to(self.device, torch.float32), start, visited)
-            denoise = self._denoiser([texts[row] for row in rows], negative_prompt or "", scale, channels)
+            denoise = self._denoiser(condition, unconditional, scale, shape, channels)
             if keep is not None and start is not None:
                 denoise = self._inpainting(denoise, start, keep)
             z = draw(denoise, x, self.schedule, visited, rng, callback)
@@ -155,6 +163,7 @@ class TextToImage:
                 images.extend(to_images(self._decode(row, DECODERS[tiled])))
             if progress is not None:
                 progress(len(rows))
+            first += len(rows)
         return images
 
     def _decode(self, z: Tensor, network: Decode) -> Tensor:
@@ -172,16 +181,20 @@ class TextToImage:
             "damaged or, in half precision, its values too large: try dtype float32"
         )
 
-    def _denoiser(self, texts: Sequence[str], negative: str, scale: float, channels: Tensor | None = None) -> Denoiser:
-        encoder = self.model.text_encoder
-        condition = Conditioning.cat([encoder.encode(encoder.tokenize([text])) for text in texts])
-        unconditional = encoder.encode(encoder.tokenize([negative])).repeat_interleave(len(texts))
+    def _denoiser(
+        self,
+        condition: Conditioning,
+        unconditional: Conditioning,
+        scale: float,
+        shape: tuple[int, int, int],
+        channels: Tensor | None = None,
+    ) -> Denoiser:
         return guided_denoiser(
             self._network if channels is None else with_channels(self._network, channels),
             self.schedule,
             self.model.diffusion.prediction_type,
-            self._kwargs(condition),
-            self._kwargs(unconditional),
+            self._kwargs(condition, shape),
+            self._kwargs(unconditional, shape),
             scale,
             dtype=self.dtype,
         )
@@ -190,9 +203,14 @@ class TextToImage:
         rows = max(1, min(MAX_ROWS, POSITIONS // x[0, 0].numel())) if self.device.type == "cpu" else len(x)
         return in_chunks(self.model.unet, rows)(x, t, **condition)
 
-    @staticmethod
-    def _kwargs(condition: Conditioning) -> dict[str, Tensor | None]:
-        return {"context": condition.context, "context_mask": condition.context_mask}
+    def _kwargs(self, condition: Conditioning, shape: tuple[int, int, int]) -> dict[str, Tensor | None]:
+        """What the U-Net is told besides x and t; SDXL's sizes are those of an uncropped picture of this size."""
+        told = {"context": condition.context, "context_mask": condition.context_mask}
+        if self.model.unet.config.addition_embed_type == "text_time":
+            height, width = (side * self.model.vae.downsample_factor for side in shape[1:])
+            sizes = uncropped(len(condition), height, width).to(self.device)
+            told |= {"pooled": condition.pooled, "size_ids": sizes}
+        return told
 
     def _inpainting(self, denoise: Denoiser, start: Tensor, keep: Tensor) -> Denoiser:
         """The same denoiser, sure of the kept part: x0 there is the given picture's (Song et al. 2021, app. I.2)."""

@@ -5,19 +5,28 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from autoencoder import Autoencoder, CodebookUpdate
-from conditioning import ClipTextEncoder, ClipTokenizer
-from ldm.interop.checkpoint import folder_parts, model_index, read_part, replace_folder
+from conditioning import (
+    ClipTextEncoder,
+    ClipTextModel,
+    ClipTokenizer,
+    DualTextEncoder,
+    TextEncoder,
+    index_entries,
+    read_transformers_encoder,
+)
+from ldm.interop.checkpoint import TOKENIZERS, folder_parts, model_index, read_part, replace_folder
 from ldm.interop.networks import build_text_model, build_tokenizer, build_unet, build_vae, explained
 from ldm.interop.tensors import ModelError, read_json, write_json
-from ldm.networks import UNet
+from ldm.networks import UNet, UNetConfig
 from ldm.process import DiffusionConfig
 from ldm.single_file import read_single_file
 
@@ -27,6 +36,9 @@ MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 4096
 """Beyond these a config is damaged, and what it asks for would not fit into memory."""
 HUB_WEIGHTS = ("diffusion_pytorch_model", "*/diffusion_pytorch_model", "model", "text_encoder*/model")
 """Weight files of a hub repository that are downloaded, whole or in shards; copies as a single file are not."""
+READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError)
+"""What reading a damaged file raises."""
+POOLED_KEY, POOLED = "projection_class_embeddings_input_dim", "text encoder's pooled width + 6 addition_time_embed_dim"
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Model:
 
     vae: Autoencoder
     unet: UNet
-    text_encoder: ClipTextEncoder
+    text_encoder: TextEncoder
     diffusion: DiffusionConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
@@ -72,7 +84,7 @@ def hub_files(variant: str | None = None) -> list[str]:
     """Patterns of what is downloaded: every config and vocabulary, and the weights of one variant."""
     dot = f".{variant}" if variant else ""
     ends = (f"{dot}.safetensors", f"{dot}-*-of-*.safetensors")
-    return ["*.json", "*.txt", *(f"{stem}{end}" for stem in HUB_WEIGHTS for end in ends)]
+    return ["*.json", "*.txt", "*spiece.model", *(f"{stem}{end}" for stem in HUB_WEIGHTS for end in ends)]
 
 
 def read_model(
@@ -80,7 +92,8 @@ def read_model(
 ) -> Model:
     """Reads a pipeline folder, a single file in the original layout, or a hub id.
 
-    A folder has `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and `ldm.json` if there.
+    A folder has `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`, in SDXL's layout `text_encoder_2/` and
+    `tokenizer_2/` too, and `ldm.json` if there.
 
     Args:
         revision, variant: see `resolve`; a variant is also looked for in a local folder.
@@ -110,14 +123,13 @@ def _model_of_folder(folder: Path, variant: str | None, allow_pickle: bool) -> M
 
 def _model_of_file(path: Path, allow_pickle: bool) -> Model:
     checkpoint = read_single_file(path, allow_pickle)
-    if "text_encoder_2" in checkpoint.parts:
-        raise ModelError(f"{path} has two text encoders; `ldm-convert {path} FOLDER --to diffusers` makes it a folder")
-    tokenizer = build_tokenizer(checkpoint.tokenizers["tokenizer"], path)
-    encoder = explained(path, ClipTextEncoder, tokenizer, build_text_model(checkpoint.parts["text_encoder"]))
+    names = [name for name in TOKENIZERS if name in checkpoint.parts]
+    models = [build_text_model(checkpoint.parts[name]) for name in names]
+    tokenizers = [build_tokenizer(checkpoint.tokenizers[TOKENIZERS[name]], path) for name in names]
     return Model(
         build_vae(checkpoint.parts["vae"]),
         build_unet(checkpoint.parts["unet"]),
-        encoder.eval(),
+        explained(path, clip_encoder, models, tokenizers, {}),
         explained(path, DiffusionConfig.from_dict, checkpoint.scheduler),
         _checked_settings(checkpoint.settings, path),
         checkpoint.card,
@@ -144,11 +156,30 @@ def read_unet(folder: Path, variant: str | None = None, allow_pickle: bool = Fal
     return build_unet(read_part(_part(folder, "unet"), "unet", variant, allow_pickle))
 
 
-def read_text_encoder(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> ClipTextEncoder:
-    """The text encoder and tokenizer of a pipeline folder."""
-    model = build_text_model(read_part(folder / "text_encoder", "text_encoder", variant, allow_pickle))
-    tokenizer = explained(folder / "tokenizer", ClipTokenizer.from_pretrained, folder / "tokenizer")
-    return explained(folder / "tokenizer", ClipTextEncoder, tokenizer, model).eval()
+def read_text_encoder(folder: Path, variant: str | None = None, allow_pickle: bool = False) -> TextEncoder:
+    """The text encoder of a pipeline folder and its tokenizer, or both of each; other than CLIP's from safetensors."""
+    other = explained(folder / "text_encoder", read_transformers_encoder, folder)
+    if other is not None:
+        return other
+    names = [name for name in TOKENIZERS if (folder / name).is_dir()]
+    models = [build_text_model(read_part(folder / name, name, variant, allow_pickle)) for name in names]
+    folders = [folder / TOKENIZERS[name] for name in names]
+    tokenizers = [explained(path, ClipTokenizer.from_pretrained, path) for path in folders]
+    index = folder / "model_index.json"
+    return explained(folders[-1], clip_encoder, models, tokenizers, read_json(index) if index.exists() else {})
+
+
+def clip_encoder(
+    models: Sequence[ClipTextModel], tokenizers: Sequence[ClipTokenizer], index: Mapping[str, Any]
+) -> TextEncoder:
+    """One CLIP encoder, or two as in SDXL; `index` is model_index.json, its missing keys at diffusers' defaults."""
+    if len(models) == 1:
+        return ClipTextEncoder(tokenizers[0], models[0]).eval()
+    first, second = (
+        ClipTextEncoder(tokenizer, model, skip_layers=1, final_norm=False)
+        for tokenizer, model in zip(tokenizers, models, strict=True)
+    )
+    return DualTextEncoder(first, second, bool(index.get("force_zeros_for_empty_prompt", True))).eval()
 
 
 def read_diffusion(folder: Path) -> DiffusionConfig:
@@ -180,13 +211,11 @@ def write_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, module in (("vae", model.vae), ("unet", model.unet), ("text_encoder", model.text_encoder.model)):
+    for name, module in (("vae", model.vae), ("unet", model.unet)):
         copy.deepcopy(module).to(dtype).save_pretrained(temporary / name)
-    model.text_encoder.tokenizer.save_pretrained(temporary / "tokenizer")
+    copy.deepcopy(model.text_encoder).to(dtype).save_parts(temporary)
     write_json(temporary / "scheduler" / "scheduler_config.json", model.diffusion.to_dict())
-    index = model_index(model.unet.config.in_channels, model.diffusion.to_dict())
-    index["vae"] = ["diffusers", type(model.vae).__name__]
-    write_json(temporary / "model_index.json", index)
+    write_json(temporary / "model_index.json", _model_index(model))
     write_json(temporary / "ldm.json", dict(model.settings))
     (temporary / "README.md").write_text(model.card, encoding="utf-8")
     replace_folder(temporary, target)
@@ -208,6 +237,13 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
+def _model_index(model: Model) -> dict[str, Any]:
+    entries = model_index(
+        model.unet.config.in_channels, model.diffusion.to_dict(), isinstance(model.text_encoder, DualTextEncoder)
+    )
+    return entries | index_entries(model.text_encoder) | {"vae": ["diffusers", type(model.vae).__name__]}
+
+
 def _check_fit(model: Model, path: Path) -> None:
     if model.diffusion.num_train_timesteps > MAX_TIMESTEPS:
         steps = model.diffusion.num_train_timesteps
@@ -215,17 +251,27 @@ def _check_fit(model: Model, path: Path) -> None:
     if (model.unet.config.sample_size or 0) > MAX_SAMPLE_SIZE:
         side = model.unet.config.sample_size
         raise ModelError(f"{_unet_config(path)}: sample_size is {side}; it may be {MAX_SAMPLE_SIZE} at most")
-    channels, width = model.vae.latent_channels, model.text_encoder.model.config.hidden_size
+    channels, encoder = model.vae.latent_channels, model.text_encoder
     unet = model.unet.config
-    latents, text = "vae's latent_channels", "text_encoder's hidden_size"
+    latents = "vae's latent_channels"
     if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents
         raise ModelError(f"{_unet_config(path)}: in_channels is {unet.in_channels}, but the {latents} is {channels}")
     if unet.out_channels != channels:
         raise ModelError(f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {latents} is {channels}")
     contexts = {level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth}
-    if contexts != {width}:
-        value = unet.cross_attention_dim
-        raise ModelError(f"{_unet_config(path)}: cross_attention_dim is {value}, but the {text} is {width}")
+    for key, wrong, source, wanted in (
+        ("cross_attention_dim", contexts != {encoder.context_dim}, "text encoder's width", encoder.context_dim),
+        (POOLED_KEY, getattr(unet, POOLED_KEY) != pooled_inputs(unet, encoder), POOLED, pooled_inputs(unet, encoder)),
+    ):
+        if wrong:
+            raise ModelError(f"{_unet_config(path)}: {key} is {getattr(unet, key)}, but the {source} is {wanted}")
+
+
+def pooled_inputs(unet: UNetConfig, encoder: TextEncoder) -> int | None:
+    """The `projection_class_embeddings_input_dim` of a U-Net that reads the pooled vector and sizes, or what it has."""
+    if unet.addition_embed_type != "text_time":
+        return unet.projection_class_embeddings_input_dim
+    return encoder.pooled_dim + 6 * (unet.addition_time_embed_dim or 0)
 
 
 def _unet_config(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,4 +75,37 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         model = Model(random_vae(), random_unet(), random_text_encoder(), DiffusionConfig(), SETTINGS, "# Tiny\n")
     write_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_t5_tokenizer() -> Callable[[Path], None]:
+    """Writes a small unigram vocabulary with T5's special tokens (pad 0, end 1, unknown 2) into a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def save(folder: Path) -> None:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=list(names.values()), unk_token="<unk>")
+        texts = [c for i in range(100) for c in captions(scene(i, "train"))]
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory, save_t5_tokenizer: Callable[[Path], None]) -> Path:
+    """The encoder of a T5 with random weights, 32 wide, and its tokenizer in one folder."""
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    sizes = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
+    save_t5_tokenizer(folder)
     return folder

@@ -166,9 +166,23 @@ def test_size_dtype_and_start_picture_reach_the_pipeline(draw: Any, tmp_path: Pa
     assert Image.open(kept).tobytes() != Image.open(anew).tobytes()
 
 
-def test_a_prompt_that_is_too_long_is_drawn_with_a_warning(draw: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    draw("-p", "red circle " * 30, "--steps", "1")
-    assert "warning: the prompt is longer than the model reads; left out: " in capsys.readouterr().err
+def test_a_prompt_longer_than_the_window_is_read_to_its_end(draw: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "a red circle above a green square " * 8
+    one, other = (files(draw("-p", long + end, "--steps", "1", output=end))[0] for end in ("star", "circle"))
+    assert Image.open(one).tobytes() != Image.open(other).tobytes()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_prompt_syntax_decides_about_brackets_and_is_drawn_again(draw: Any) -> None:
+    prompt = "a (red:1.5) circle"
+    plain, weighted, none = (
+        files(draw("-p", text, "--prompt-syntax", syntax, "--steps", "1", output=f"{syntax}{len(text)}"))[0]
+        for text, syntax in ((prompt, "plain"), (prompt, "a1111"), ("a red circle", "a1111"))
+    )
+    pictures = [Image.open(path).tobytes() for path in (plain, weighted, none)]
+    assert len(set(pictures)) == 3
+    (again,) = files(draw("--from-image", str(weighted), output="again"))
+    assert Image.open(again).tobytes() == pictures[1]
 
 
 # --- text chunks

@@ -11,11 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = {
     "accelerate",
+    "compel",
     "datasets",
     "diffusers",
     "draccus",
     "huggingface_hub",
     "lpips",
+    "open_clip",
     "pandas",
     "tensorboard",
     "torch_fidelity",

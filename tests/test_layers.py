@@ -31,6 +31,13 @@ NEIGHBOURS = {
 }
 """The imports within a layer that the plan allows below the top: the parts of a room that spans several files."""
 
+EXCHANGE = {
+    "ldm.sampling.diffusers_adapter": {"diffusers"},
+    "conditioning.t5_text": {"transformers"},
+    "conditioning.transformers_text": {"transformers"},
+}
+"""The files whose purpose is to use one of the two libraries that we exchange models with."""
+
 GENERATION = {"torch", "numpy", "PIL", "safetensors", "tokenizers"}
 
 
@@ -95,8 +102,7 @@ def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_third_parties_stay_in_their_rooms(name: str) -> None:
     roots = {module.split(".")[0] for module in everything(name)}
-    exchange = {"diffusers"} if name == "ldm.sampling.diffusers_adapter" else set()
-    assert not (roots - exchange) & {"diffusers", "transformers"}
+    assert not (roots - EXCHANGE.get(name, set())) & {"diffusers", "transformers"}
     if "accelerate" in roots:
         assert room(name) in ("ldm.training", "train_autoencoder", "train_ldm")
 

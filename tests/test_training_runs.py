@@ -91,12 +91,12 @@ ema.Ema.update = then_die
 WHILE_ENCODING = """
 import os, signal
 from ldm.data import latents
-write = latents._write_text
+write = latents.write_text
 def then_die(path, text):
     if path.name == "shard_00002.json":
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, text)
-latents._write_text = then_die
+latents.write_text = then_die
 """
 WHILE_SAVING = """
 import os, signal
@@ -414,6 +414,20 @@ def ldm(workshop: Path, stage_two: dict[str, Any]) -> Path:
     done = train("train_ldm.py", "--config", config_file(workshop / "ldm", stage_two))
     assert done.returncode == 0, done.stderr
     return workshop / "ldm"
+
+
+def test_stage_two_reads_cached_encodings_of_a_frozen_t5(
+    workshop: Path, stage_two: dict[str, Any], tiny_t5_folder: Path, tmp_path: Path
+) -> None:
+    run = workshop / "t5"
+    text = {"type": "t5", "path": str(tiny_t5_folder), "max_length": 20}
+    latents = STAGE_TWO["latents"] | {"cache_text": True}
+    config = config_file(run, stage_two | {"text_encoder": text, "latents": latents})
+    done = train("train_ldm.py", "--config", config)
+    assert done.returncode == 0, done.stderr
+    assert (run / "latents" / "text" / "manifest.json").exists() and "captions are longer" in done.stdout
+    report = generate.run(["-p", "a red circle", "-m", str(run / "export"), "-o", str(tmp_path / "t5.png"), "--json"])
+    assert Path(report["images"][0]).is_file()
 
 
 def test_stage_two_writes_a_model_that_the_command_draws_with(ldm: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "init_image": (str, type(None)),
     "strength": (int, float),
     "mask": (str, type(None)),
+    "prompt_syntax": (str,),
 }
 """What the `ldm` text chunk of a PNG holds."""
 
@@ -60,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
     p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
+    p.add_argument(
+        "--prompt-syntax",
+        choices=("plain", "a1111"),
+        default="plain",
+        help="a1111: (word), (words:1.3) and [word] weight words, \\( is a bracket",
+    )
     p.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     p.add_argument("--steps", "--num-inference-steps", type=int, default=None)
     p.add_argument("--guidance-scale", "--cfg-scale", type=float, default=None)
@@ -112,7 +119,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     pipe = _load(args)
     loaded = time.perf_counter()
     for prompt in prompts:
-        cut = pipe.model.text_encoder.tokenizer.truncated(prompt)
+        cut = pipe.model.text_encoder.truncated(prompt)
         if cut:
             print(f"warning: the prompt is longer than the model reads; left out: {cut!r}", file=sys.stderr)
     images = _draw(pipe, args, prompts, init, mask)
@@ -179,6 +186,7 @@ def _draw(
             mask=mask,
             tiled=args.tiled,
             progress=bar.update,
+            prompt_syntax=args.prompt_syntax,
         )
 
 
@@ -221,6 +229,7 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
         "init_image": args.init_image,
         "strength": args.strength,
         "mask": args.mask,
+        "prompt_syntax": args.prompt_syntax,
     }
 
 

@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import ImageOps
@@ -28,6 +28,9 @@ from torch import Tensor
 from ldm.data.batches import SkipCounter
 from ldm.data.sources import Example, Source
 from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 
@@ -92,7 +95,7 @@ def build_cache(
             _write_shard(folder, number, source, indices, settings, encode, batch_size, skips, progress)
 
 
-def check_settings(folder: Path, settings: CacheSettings) -> None:
+def check_settings(folder: Path, settings: DataclassInstance) -> None:
     """Writes `settings.json` into a new folder; compares it in a used one.
 
     Raises:
@@ -100,7 +103,7 @@ def check_settings(folder: Path, settings: CacheSettings) -> None:
     """
     path = folder / "settings.json"
     if not path.exists():
-        _write_text(path, json.dumps(asdict(settings), indent=1))
+        write_text(path, json.dumps(asdict(settings), indent=1))
     _compare(json.loads(path.read_text()), asdict(settings), folder)
 
 
@@ -120,7 +123,7 @@ def finish_cache(folder: Path, num_shards: int) -> None:
         entries = json.loads((folder / f"{_name(number)}.json").read_text())
         shards.append({"name": _name(number), "count": len(entries["keys"]), "sha256": entries["sha256"]})
     manifest = {"settings": json.loads((folder / "settings.json").read_text()), "shards": shards}
-    _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def shard_count(num_samples: int, shard_size: int) -> int:
@@ -164,7 +167,7 @@ class LatentCache:
             entries = json.loads(path.with_suffix(".json").read_text())
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete {folder} to encode the data again") from error
-        if len(block) != count or _file_hash(path) != sha256:
+        if len(block) != count or file_hash(path) != sha256:
             raise ValueError(f"{path} is damaged; delete {folder} to encode the data again")
         self.moments.append(block)
         self.captions.extend(entries["captions"])
@@ -206,9 +209,9 @@ def _write_shard(
             moments.append(encode(_pixels(examples, settings)).to("cpu", getattr(torch, settings.dtype)))
         progress(len(indices[start : start + batch_size]))
     path = folder / f"{_name(number)}.safetensors"
-    digest = _write_tensor(path, torch.cat(moments) if moments else torch.empty(0))
+    digest = write_tensors(path, {"moments": torch.cat(moments) if moments else torch.empty(0)})
     entries = {"range": [indices.start, indices.stop], "sha256": digest, "keys": keys, "captions": captions}
-    _write_text(path.with_suffix(".json"), json.dumps(entries))
+    write_text(path.with_suffix(".json"), json.dumps(entries))
 
 
 def _holds(entries: Path, indices: range) -> bool:
@@ -241,22 +244,25 @@ def _name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def _write_tensor(path: Path, moments: Tensor) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file atomically and returns its hash."""
     temporary = path.with_suffix(".tmp")
-    save_file({"moments": moments}, temporary)
+    save_file(tensors, temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    digest = _file_hash(temporary)
+    digest = file_hash(temporary)
     os.replace(temporary, path)
     return digest
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
     temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -66,6 +66,11 @@ class TimestepEmbedding(nn.Module):
         return features
 
 
+def uncropped(rows: int, height: int, width: int) -> Tensor:
+    """The six sizes [rows, 6] of SDXL for a whole picture: original size, crop corner 0, 0 and target size."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(rows, 6)
+
+
 class TextTimeEmbedding(nn.Module):
     """Pooled text beside the sinusoids of the six sizes (Podell et al. 2023, SDXL, section 2.2)."""
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import LatentCodec
-from conditioning import ClipTextEncoder, drop_captions
+from conditioning import Conditioning, TextEncoder
 from ldm.data.latents import LatentBatch
-from ldm.networks import UNet
+from ldm.networks import UNet, uncropped
 from ldm.process import Objective
 from ldm.sampling import randn_rows
 from ldm.seeds import generator, row_uniform
+from ldm.tasks.captions import Captions
 
 
 class DenoisingLoss(NamedTuple):
@@ -28,27 +29,40 @@ class DenoisingLoss(NamedTuple):
 class ConditionedUNet(nn.Module):
     """Text encoder and U-Net as one module, which is what a distributed wrapper and the optimiser see."""
 
-    def __init__(self, unet: UNet, text_encoder: ClipTextEncoder) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, downsample_factor: int = 8) -> None:
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoder, self.downsample_factor = unet, text_encoder, downsample_factor
+        self.reads_pooled = unet.config.addition_embed_type == "text_time"
+        for unread in [] if self.reads_pooled else text_encoder.beyond_context():
+            unread.requires_grad_(False)
 
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Raw network output [B, C, h, w] for noisy latents x, timesteps t [B] and token ids [B, L]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.trainable):
-            condition = self.text_encoder.encode(ids)
-        raw: Tensor = self.unet(x, t, condition.context, context_mask=condition.context_mask)
+    def forward(self, x: Tensor, t: Tensor, text: Tensor | Conditioning) -> Tensor:
+        """Raw network output [B, C, h, w] for noisy latents x and timesteps t [B].
+
+        `text` is token rows [B, ...], or the conditions that a frozen encoder made of them. The sizes that an SDXL
+        network asks for are those of whole pictures.
+        """
+        condition = text if isinstance(text, Conditioning) else self._encode(text)
+        told = {"context": condition.context, "context_mask": condition.context_mask}
+        if self.reads_pooled:
+            height, width = (side * self.downsample_factor for side in x.shape[2:])
+            told |= {"pooled": condition.pooled, "size_ids": uncropped(len(x), height, width).to(x.device)}
+        raw: Tensor = self.unet(x, t, **told)
         return raw
+
+    def _encode(self, tokens: Tensor) -> Conditioning:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.trainable):
+            return self.text_encoder.encode(tokens)
 
 
 @dataclass(frozen=True)
 class TextToImageTask:
-    """The parts of stage two, built and placed; `null_ids` [L] are the tokens of the empty prompt."""
+    """The parts of stage two, built and placed."""
 
     model: nn.Module
-    text_encoder: ClipTextEncoder
+    captions: Captions
     codec: LatentCodec
     objective: Objective
-    null_ids: Tensor
     proportion_empty_prompts: float
     sample_posterior: bool
     seed: int
@@ -65,10 +79,8 @@ class TextToImageTask:
         eps = randn_rows(_latent_shape(batch), rows)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
-        ids = drop_captions(
-            self.text_encoder.tokenize(batch.captions), self.null_ids, self.proportion_empty_prompts, row_uniform(rows)
-        )
-        return self._denoising(batch, noise, eps, u, ids)
+        text = self.captions(batch.captions, self.proportion_empty_prompts, row_uniform(rows))
+        return self._denoising(batch, noise, eps, u, text)
 
     @torch.no_grad()
     def validation_loss(self, batch: LatentBatch, count: int) -> DenoisingLoss:
@@ -78,15 +90,15 @@ class TextToImageTask:
         """
         eps = randn_rows(_latent_shape(batch), [generator(self.seed, "validation", row) for row in batch.rows])
         u = (torch.tensor(batch.rows) + 0.5) / count
-        return self._denoising(batch, None, eps, u, self.text_encoder.tokenize(batch.captions))
+        return self._denoising(batch, None, eps, u, self.captions(batch.captions, 0.0, torch.zeros(len(batch.rows))))
 
     def _denoising(
-        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, u: Tensor, ids: Tensor
+        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, u: Tensor, text: Tensor | Conditioning
     ) -> DenoisingLoss:
         device = batch.moments.device
         x0 = self.codec.from_moments(batch.moments, None if noise is None else noise.to(device))
         noised = self.objective.noise(x0, eps.to(device), u)
-        raw = self.model(noised.x_t, noised.t, ids.to(device))
+        raw = self.model(noised.x_t, noised.t, text.to(device))
         rows = self.objective.loss(raw.float(), noised)
         return DenoisingLoss(rows.mean(), rows.detach(), noised.t)
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoencoder import Autoencoder, VQModel
-from ldm.config import AutoencoderTraining, DataConfig, LdmTraining
+from ldm.config import (
+    AutoencoderTraining,
+    DataConfig,
+    DualClip,
+    LdmTraining,
+    PretrainedT5,
+    PretrainedTransformer,
+)
 from ldm.config_file import dump_config
 
 
@@ -39,8 +46,8 @@ def model_card(config: LdmTraining, settings: Mapping[str, Any]) -> str:
     measured = "\n".join(f"- {name}: {value}" for name, value in settings.items() if not isinstance(value, (dict, str)))
     return f"""# Text-to-image model trained with ldm
 
-Latent diffusion, {config.data.resolution} px. Use it with `ldm-generate --model FOLDER --prompt "..."` or with
-`diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)`.
+Latent diffusion, {config.data.resolution} px. Use it with `ldm-generate --model FOLDER --prompt "..."`
+{_diffusers(config)}
 
 {measured}
 
@@ -53,6 +60,14 @@ Latent diffusion, {config.data.resolution} px. Use it with `ldm-generate --model
 ```yaml
 {dump_config(config)}```
 """
+
+
+def _diffusers(config: LdmTraining) -> str:
+    """The pipeline of diffusers that draws the same pictures; for encoders unlike CLIP there is none."""
+    if isinstance(config.text_encoder, (PretrainedT5, PretrainedTransformer)):
+        return "(diffusers has no pipeline for its text encoder)."
+    name = "StableDiffusionXLPipeline" if isinstance(config.text_encoder, DualClip) else "StableDiffusionPipeline"
+    return f"or with `diffusers.{name}.from_pretrained(FOLDER)`."
 
 
 def _data(data: DataConfig) -> str:

@@ -50,5 +50,5 @@ def test_bad_probability_is_named(probability: float) -> None:
 
 
 def test_null_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"null_ids has shape \(3,\), expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"null_tokens has shape \(3,\), expected \(4,\)"):
         drop_captions(torch.ones(2, 4, dtype=torch.long), NULL, 0.5, uniform(2))

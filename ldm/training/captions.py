@@ -1,0 +1,44 @@
+"""The captions of a training run: how many are cut, and their encodings, made in every step or once."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from conditioning import TextEncoder
+from ldm.config import LatentCacheConfig
+from ldm.data.latents import LatentBatch, LatentCache
+from ldm.data.text_cache import TextCache, build_text_cache, distinct_captions, text_settings
+from ldm.tasks.captions import CachedCaptions, Captions, TokenizedCaptions
+from ldm.training.run_dir import weights_hash
+
+CHECKED_CAPTIONS = 10_000
+
+
+def caption_source(
+    config: LatentCacheConfig,
+    cache: LatentCache,
+    held_out: LatentBatch | None,
+    encoder: TextEncoder,
+    folder: Path,
+    accelerator: Accelerator,
+) -> Captions:
+    """Token rows of captions, or with `cache_text` their conditions from `folder`, encoded there if they are not yet.
+
+    What a single window cannot hold is cut off, and how often is printed.
+    """
+    first = list(itertools.islice(itertools.chain.from_iterable(cache.captions), CHECKED_CAPTIONS))
+    if cut := sum(not encoder.holds(text) for text in first):
+        accelerator.print(f"{cut} of the first {len(first)} captions are longer than the text encoder's window: cut")
+    if not config.cache_text:
+        return TokenizedCaptions(encoder)
+    validation = () if held_out is None else held_out.captions
+    distinct = distinct_captions(itertools.chain(validation, *cache.captions))
+    with accelerator.main_process_first():
+        settings = text_settings(distinct, encoder, weights_hash(encoder))
+        with tqdm(total=len(distinct), desc="captions", disable=not accelerator.is_main_process) as bar:
+            build_text_cache(folder, distinct, encoder, settings, bar.update)
+    return CachedCaptions(TextCache(folder, distinct))
