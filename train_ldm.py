@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from autoencoder import AutoencoderKL, LatentCodec
-from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
+from ldm.build import (
+    build_objective,
+    build_source,
+    build_text_encoder,
+    build_timesteps,
+    build_training_noise,
+    build_unet,
+    check_resolution,
+    vlb_weight,
+)
 from ldm.config import LdmTraining
 from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
@@ -81,18 +90,24 @@ def main() -> None:
         unet.compile()
     model, optimizer = accelerator.prepare(network, optimizer)
     ema, guard = Ema(network, training.ema_decay), UpdateGuard(training.skip_loss_spikes)
+    objective = build_objective(config)
+    timesteps = build_timesteps(config, objective, accelerator.gather)
     task = TextToImageTask(
         model,
         text_encoder,
         LatentCodec.from_config(vae),
-        build_objective(config),
+        objective,
+        build_training_noise(config),
+        timesteps,
+        vlb_weight(config),
         text_encoder.tokenize([""])[0],
         config.objective.proportion_empty_prompts,
         config.latents.sample_posterior,
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    keep, parts = training.checkpoints_total_limit, {"network": network, "optimizer": optimizer}
+    keep = training.checkpoints_total_limit
+    parts = {"network": network, "optimizer": optimizer, **timesteps.parts()}
     checkpoint = Checkpoint(run, accelerator, keep, ema, guard, parts)
     first = checkpoint.resume()
 

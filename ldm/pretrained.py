@@ -18,7 +18,7 @@ from ldm.interop.checkpoint import folder_parts, model_index, read_part, replace
 from ldm.interop.networks import build_text_model, build_tokenizer, build_unet, build_vae, explained
 from ldm.interop.tensors import ModelError, read_json, write_json
 from ldm.networks import UNet
-from ldm.process import DiffusionConfig
+from ldm.process import DiffusionConfig, ProcessConfig, process_from_dict
 from ldm.single_file import read_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -37,7 +37,7 @@ class Model:
     vae: AutoencoderKL
     unet: UNet
     text_encoder: ClipTextEncoder
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
 
@@ -139,10 +139,10 @@ def read_text_encoder(folder: Path, variant: str | None = None, allow_pickle: bo
     return explained(folder / "tokenizer", ClipTextEncoder, tokenizer, model).eval()
 
 
-def read_diffusion(folder: Path) -> DiffusionConfig:
+def read_diffusion(folder: Path) -> ProcessConfig:
     """The diffusion process of a pipeline folder."""
     path = folder / "scheduler" / "scheduler_config.json"
-    return explained(path, DiffusionConfig.from_dict, read_json(path))
+    return explained(path, process_from_dict, read_json(path))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -201,8 +201,12 @@ def _check_fit(model: Model, path: Path) -> None:
     latents, text = "vae's latent_channels", "text_encoder's hidden_size"
     if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents
         raise ModelError(f"{_unet_config(path)}: in_channels is {unet.in_channels}, but the {latents} is {channels}")
-    if unet.out_channels != channels:
-        raise ModelError(f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {latents} is {channels}")
+    learned = model.diffusion.variance_type == "learned_range"
+    if unet.out_channels != channels * (1 + learned):
+        wanted = f"double of the {latents} for its learned variance" if learned else latents
+        raise ModelError(
+            f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {wanted} is {channels * (1 + learned)}"
+        )
     contexts = {level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth}
     if contexts != {width}:
         value = unet.cross_attention_dim

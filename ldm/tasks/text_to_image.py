@@ -12,13 +12,14 @@ from autoencoder import LatentCodec
 from conditioning import ClipTextEncoder, drop_captions
 from ldm.data.latents import LatentBatch
 from ldm.networks import UNet
-from ldm.process import Objective
+from ldm.process import Objective, TrainingNoise, hybrid_loss
 from ldm.sampling import randn_rows
 from ldm.seeds import generator, row_uniform
+from ldm.tasks.timesteps import TimestepDraw
 
 
 class DenoisingLoss(NamedTuple):
-    """The mean to call backward on; the loss of every example [B] and its timestep [B]."""
+    """The mean to call backward on; the loss of every example [B], whatever its weight in the mean, and its timestep [B]."""
 
     loss: Tensor
     rows: Tensor
@@ -42,12 +43,18 @@ class ConditionedUNet(nn.Module):
 
 @dataclass(frozen=True)
 class TextToImageTask:
-    """The parts of stage two, built and placed; `null_ids` [L] are the tokens of the empty prompt."""
+    """The parts of stage two, built and placed; `null_ids` [L] are the tokens of the empty prompt.
+
+    `vlb_weight` is the bound's part in the loss of a network that learns its variance, None for a fixed variance.
+    """
 
     model: nn.Module
     text_encoder: ClipTextEncoder
     codec: LatentCodec
     objective: Objective
+    noise: TrainingNoise
+    timesteps: TimestepDraw
+    vlb_weight: float | None
     null_ids: Tensor
     proportion_empty_prompts: float
     sample_posterior: bool
@@ -62,13 +69,16 @@ class TextToImageTask:
         """
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]
         noise = randn_rows(_latent_shape(batch), rows) if self.sample_posterior else None
-        eps = randn_rows(_latent_shape(batch), rows)
+        eps, input_eps = self.noise.draw(_latent_shape(batch), rows)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
+        t, weight = self.timesteps.draw(u)
         ids = drop_captions(
             self.text_encoder.tokenize(batch.captions), self.null_ids, self.proportion_empty_prompts, row_uniform(rows)
         )
-        return self._denoising(batch, noise, eps, u, ids)
+        losses, t = self._denoising(batch, noise, eps, input_eps, t, ids)
+        self.timesteps.learn(batch.rows, t, losses)
+        return DenoisingLoss((losses * weight.to(losses)).mean(), losses.detach(), t)
 
     @torch.no_grad()
     def validation_loss(self, batch: LatentBatch, count: int) -> DenoisingLoss:
@@ -78,17 +88,21 @@ class TextToImageTask:
         """
         eps = randn_rows(_latent_shape(batch), [generator(self.seed, "validation", row) for row in batch.rows])
         u = (torch.tensor(batch.rows) + 0.5) / count
-        return self._denoising(batch, None, eps, u, self.text_encoder.tokenize(batch.captions))
+        t = self.objective.timesteps(u)
+        losses, t = self._denoising(batch, None, eps, eps, t, self.text_encoder.tokenize(batch.captions))
+        return DenoisingLoss(losses.mean(), losses, t)
 
     def _denoising(
-        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, u: Tensor, ids: Tensor
-    ) -> DenoisingLoss:
+        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, input_eps: Tensor, t: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of every example [B], not yet weighted for how t was drawn, and t [B] on its device."""
         device = batch.moments.device
         x0 = self.codec.from_moments(batch.moments, None if noise is None else noise.to(device))
-        noised = self.objective.noise(x0, eps.to(device), u)
-        raw = self.model(noised.x_t, noised.t, ids.to(device))
-        rows = self.objective.loss(raw.float(), noised)
-        return DenoisingLoss(rows.mean(), rows.detach(), noised.t)
+        noised = self.objective.noise_at(x0, eps.to(device), t, input_eps.to(device))
+        raw = self.model(noised.x_t, noised.t, ids.to(device)).float()
+        if self.vlb_weight is None:
+            return self.objective.loss(raw, noised), noised.t
+        return hybrid_loss(self.objective, raw, x0, noised, levels=None, vlb_weight=self.vlb_weight), noised.t
 
 
 def _latent_shape(batch: LatentBatch) -> tuple[int, ...]:
