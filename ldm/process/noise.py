@@ -25,7 +25,7 @@ class TrainingNoise:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 0")
 
     def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """The target's eps and the noise of x_t, float32 of `shape` [B, C, ...], row i from `generators[i]`, on the CPU."""
+        """The target's eps and the noise of x_t: float32 [B, C, ...] on the CPU, row i from `generators[i]`."""
         eps = _rows(torch.empty(tuple(shape)), tuple(shape[1:]), generators)
         if self.offset > 0:
             eps = offset_noise(eps, self.offset, generators)

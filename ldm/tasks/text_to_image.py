@@ -19,7 +19,7 @@ from ldm.tasks.timesteps import TimestepDraw
 
 
 class DenoisingLoss(NamedTuple):
-    """The mean to call backward on; the loss of every example [B], whatever its weight in the mean, and its timestep [B]."""
+    """The mean to call backward on; the loss of every example [B] before its weight in it, and its timestep [B]."""
 
     loss: Tensor
     rows: Tensor
