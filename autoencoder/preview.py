@@ -26,7 +26,8 @@ class LinearPreview:
     @classmethod
     def fit(cls, z: Tensor, images: Tensor) -> LinearPreview:
         """The least-squares map from latents [N, C, h, w] to their pictures [N, 3, H, W], averaged to h x w."""
-        target = F.adaptive_avg_pool2d(images.double(), z.shape[-2:]).movedim(1, -1).flatten(0, -2)
+        height, width = z.shape[-2:]
+        target = F.adaptive_avg_pool2d(images.double(), (height, width)).movedim(1, -1).flatten(0, -2)
         channels = z.double().movedim(1, -1).flatten(0, -2)
         ones = torch.ones_like(channels[:, :1])
         solution = torch.linalg.lstsq(torch.cat([channels, ones], dim=1), target).solution.float()
@@ -39,7 +40,7 @@ class LinearPreview:
     ) -> LinearPreview:
         """The map that comes nearest to a decoder on `count` random smooth latents of `side` positions."""
         z = smooth_latents(count, codec.vae.config.latent_channels, side, generator).to(codec.vae.last_layer)
-        return cls.fit(z.cpu(), torch.cat([codec.decode(row) for row in z.split(1)]).cpu())
+        return cls.fit(z.cpu(), torch.cat([codec.decode(row) for row in torch.split(z, 1)]).cpu())
 
 
 def smooth_latents(count: int, channels: int, side: int, generator: torch.Generator) -> Tensor:

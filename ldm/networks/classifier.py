@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .blocks import DownBlock2D, MidBlock2D
-from .config import UNetConfig
+from .config import DownBlockType, UNetConfig, UpBlockType
 from .embeddings import TimestepEmbedding, sinusoidal_embedding
 from .unet import initialise
 
@@ -43,15 +44,16 @@ class ClassifierConfig:
 
     def body(self) -> UNetConfig:
         """The U-Net whose contracting half this is."""
-        levels = len(self.block_out_channels)
+        down: tuple[DownBlockType, ...] = ("DownBlock2D",) * len(self.block_out_channels)
+        up: tuple[UpBlockType, ...] = ("UpBlock2D",) * len(self.block_out_channels)
         return UNetConfig(
             in_channels=self.in_channels,
             block_out_channels=self.block_out_channels,
             layers_per_block=self.layers_per_block,
             norm_num_groups=self.norm_num_groups,
-            down_block_types=("DownBlock2D",) * levels,
+            down_block_types=down,
             mid_block_type="UNetMidBlock2D",
-            up_block_types=("UpBlock2D",) * levels,
+            up_block_types=up,
         )
 
 
@@ -116,8 +118,9 @@ class LatentClassifier(nn.Module):
         """
         path = Path(folder)
         try:
-            values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-            classifier = cls(ClassifierConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+            values: dict[str, Any] = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+            lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+            classifier = cls(ClassifierConfig(**{**values, **lists}))
             classifier.load_state_dict(safetensors.torch.load_file(path / WEIGHTS_NAME), strict=True)
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} is not a classifier: {' '.join(str(error).split())}") from error

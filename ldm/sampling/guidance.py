@@ -121,8 +121,11 @@ def interval_denoiser(
             return inside(x, t)
         if not within.any():
             return outside(x, t)
-        pairs = zip(inside(x, t), outside(x, t), strict=True)
-        return Prediction(*(None if a is None or b is None else torch.where(within, a, b) for a, b in pairs))
+        a, b = inside(x, t), outside(x, t)
+        variance = None
+        if a.variance is not None and b.variance is not None:
+            variance = torch.where(within, a.variance, b.variance)
+        return Prediction(torch.where(within, a.x0, b.x0), torch.where(within, a.eps, b.eps), variance)
 
     return denoise
 
