@@ -65,7 +65,7 @@ def named_sampler(
     """
     if eta is not None and name != "ddim":
         raise ValueError(f"eta is {eta} with sampler {name!r}; only ddim has it")
-    if name == "ddpm":
+    if name == "ddpm" and (kind != "fixed_small" or gradient is not None):
         return partial(ddpm.sample, kind=kind, gradient=gradient)
     if name.startswith(PREFIX):
         sampler = diffusers_sampler(name)

@@ -30,7 +30,7 @@ def test_every_type_converts_to_every_other_and_back(
     torch.testing.assert_close(alpha * pair.x0 + sigma * pair.eps, x_t)
     other = from_x0_eps(pair.x0, pair.eps, alpha, sigma, second)
     again = to_x0_eps(other, x_t, alpha, sigma, second)
-    torch.testing.assert_close(from_x0_eps(*again, alpha, sigma, first), raw)
+    torch.testing.assert_close(from_x0_eps(again.x0, again.eps, alpha, sigma, first), raw)
 
 
 def test_velocity_target_is_that_of_diffusers() -> None:
