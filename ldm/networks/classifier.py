@@ -44,8 +44,8 @@ class ClassifierConfig:
 
     def body(self) -> UNetConfig:
         """The U-Net whose contracting half this is."""
-        down: tuple[DownBlockType, ...] = ("DownBlock2D",) * len(self.block_out_channels)
-        up: tuple[UpBlockType, ...] = ("UpBlock2D",) * len(self.block_out_channels)
+        down: tuple[DownBlockType, ...] = tuple("DownBlock2D" for _ in self.block_out_channels)
+        up: tuple[UpBlockType, ...] = tuple("UpBlock2D" for _ in self.block_out_channels)
         return UNetConfig(
             in_channels=self.in_channels,
             block_out_channels=self.block_out_channels,
