@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from autoencoder import Autoencoder, LatentCodec
-from ldm.build import build_objective, build_source, build_text_encoder, build_unet, check_resolution
+from ldm.build import (
+    build_objective,
+    build_source,
+    build_text_encoder,
+    build_timesteps,
+    build_training_noise,
+    build_unet,
+    check_resolution,
+    vlb_weight,
+)
 from ldm.config import LdmTraining
 from ldm.config_file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
@@ -83,17 +92,22 @@ def main() -> None:
     model, scaling = accelerator.prepare(network), LossScaling(accelerator)
     ema = Ema(network, training.ema_decay)
     guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
+    objective = build_objective(config)
+    timesteps = build_timesteps(config, objective, accelerator.gather)
     task = TextToImageTask(
         model,
         caption_source(config.latents, cache, held_out, text_encoder, folder / "text", accelerator),
         LatentCodec.from_config(vae),
-        build_objective(config),
+        objective,
+        build_training_noise(config),
+        timesteps,
+        vlb_weight(config),
         config.objective.proportion_empty_prompts,
         config.latents.sample_posterior,
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    parts: dict[str, Stateful] = {"network": network, "optimizer": optimizer, **scaling.parts()}
+    parts: dict[str, Stateful] = {"network": network, "optimizer": optimizer, **scaling.parts(), **timesteps.parts()}
     checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first = checkpoint.resume()
 

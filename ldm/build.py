@@ -40,6 +40,7 @@ from conditioning import (
 from ldm.config import (
     AutoencoderLossConfig,
     AutoencoderTraining,
+    ClassifierTraining,
     ConfigError,
     DataConfig,
     DiscriminatorConfig,
@@ -58,11 +59,12 @@ from ldm.data.order import BatchPlan
 from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, open_source, open_stream
 from ldm.data.transforms import BadImage
-from ldm.networks import UNet
+from ldm.networks import LatentClassifier, UNet
 from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_vae, resolve
-from ldm.process import Objective
+from ldm.process import Objective, TrainingNoise
 from ldm.seeds import generator, seed_of
 from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck
+from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDraw
 
 
 def build_source(config: DataConfig, split: str, seed: int) -> Source:
@@ -286,11 +288,12 @@ def build_unet(config: LdmTraining, latent_channels: int, text_encoder: TextEnco
     Raises:
         ConfigError: when its channels do not fit the autoencoder or its context does not fit the text encoder.
     """
-    unet = config.unet
-    latents = ("autoencoder's latent channels", latent_channels)
+    unet, latents = config.unet, "autoencoder's latent channels"
+    learned = config.diffusion.variance_type == "learned_range"
+    doubled = f"double of the {latents} under `diffusion.variance_type` learned_range"
     fitting = {
-        "in_channels": latents,
-        "out_channels": latents,
+        "in_channels": (latents, latent_channels),
+        "out_channels": (doubled if learned else latents, latent_channels * (1 + learned)),
         "cross_attention_dim": ("text encoder's width", text_encoder.context_dim),
         POOLED_KEY: (POOLED, pooled_inputs(unet, text_encoder)),
     }
@@ -298,6 +301,20 @@ def build_unet(config: LdmTraining, latent_channels: int, text_encoder: TextEnco
         if getattr(unet, key) != wanted:
             raise ConfigError(f"`unet.{key}` is {getattr(unet, key)}, but the {source} is {wanted}")
     return UNet.from_scratch(unet, generator(config.seed, "unet"))
+
+
+def build_classifier(config: ClassifierTraining, latent_channels: int) -> LatentClassifier:
+    """A new classifier of noisy latents, its weights a function of the seed.
+
+    Raises:
+        ConfigError: when its channels do not fit the autoencoder.
+    """
+    channels = config.classifier.in_channels
+    if channels != latent_channels:
+        raise ConfigError(
+            f"`classifier.in_channels` is {channels}, but the autoencoder's latent channels is {latent_channels}"
+        )
+    return LatentClassifier.from_scratch(config.classifier, generator(config.seed, "classifier"))
 
 
 def check_resolution(config: LdmTraining, downsample_factor: int) -> None:
@@ -315,14 +332,35 @@ def check_resolution(config: LdmTraining, downsample_factor: int) -> None:
 
 def build_objective(config: LdmTraining) -> Objective:
     """The training objective over the config's diffusion process."""
+    chosen = config.objective
     return Objective(
         config.diffusion.schedule(),
         config.diffusion.prediction_type,
-        config.objective.snr_gamma,
-        config.objective.timestep_sampling,
-        config.objective.logit_mean,
-        config.objective.logit_std,
-        config.objective.weighting,
-        config.objective.p2_gamma,
-        config.objective.p2_k,
+        snr_gamma=chosen.snr_gamma,
+        timestep_sampling="uniform" if chosen.timestep_sampling == "importance" else chosen.timestep_sampling,
+        logit_mean=chosen.logit_mean,
+        logit_std=chosen.logit_std,
+        weighting=chosen.weighting,
+        p2_gamma=chosen.p2_gamma,
+        p2_k=chosen.p2_k,
+        time_shift=chosen.time_shift,
     )
+
+
+def build_training_noise(config: LdmTraining) -> TrainingNoise:
+    """The noise of training, with what the config changes about it."""
+    return TrainingNoise(config.objective.noise_offset, config.objective.input_perturbation)
+
+
+def build_timesteps(config: LdmTraining, objective: Objective, gather: Callable[[Tensor], Tensor]) -> TimestepDraw:
+    """How timesteps are drawn; `gather` concatenates over all processes."""
+    match config.objective.timestep_sampling:
+        case "uniform" | "logit_normal":
+            return FixedTimesteps(objective)
+        case "importance":
+            return ImportanceTimesteps(config.diffusion.num_train_timesteps, gather)
+
+
+def vlb_weight(config: LdmTraining) -> float | None:
+    """The bound's part in the loss, None where the variance is fixed."""
+    return config.objective.vlb_weight if config.diffusion.variance_type == "learned_range" else None

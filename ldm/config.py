@@ -12,7 +12,9 @@ from typing import Literal
 import draccus
 
 from autoencoder import AutoencoderConfig
+from ldm.networks.classifier import ClassifierConfig
 from ldm.networks.config import UNetConfig
+from ldm.process.flow import FlowConfig
 from ldm.process.schedule import DiffusionConfig
 from ldm.process.weighting import Weighting
 from ldm.sampling import named_sampler
@@ -338,24 +340,36 @@ class PretrainedTransformer(TextEncoderConfig):
 class ObjectiveConfig:
     """Which noise levels are trained and how their errors are weighted.
 
-    `snr_gamma` is Min-SNR's and excludes another `weighting`; `p2_gamma` and `p2_k` belong to `p2`.
+    `snr_gamma` is Min-SNR's and excludes another `weighting`; `p2_gamma` and `p2_k` belong to `p2`. `time_shift` above
+    1 trains the noisy timesteps more, `noise_offset` and `input_perturbation` are strengths of `ldm.process.noise`, and
+    `vlb_weight` belongs to `diffusion.variance_type` learned_range.
     """
 
     snr_gamma: float | None = None
     weighting: Weighting = "none"
     p2_gamma: float = 1.0
     p2_k: float = 1.0
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_sampling: Literal["uniform", "logit_normal", "importance"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    time_shift: float = 1.0
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    vlb_weight: float = 0.001
     proportion_empty_prompts: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_positive(self, "objective", "snr_gamma", "logit_std", "p2_gamma", "p2_k")
+        _require_positive(self, "objective", "snr_gamma", "logit_std", "p2_gamma", "p2_k", "time_shift")
+        _require_at_least(self, "objective", 0, "noise_offset", "input_perturbation", "vlb_weight")
         _require(
             self.snr_gamma is None or self.weighting == "none",
             f"`objective.weighting` is {self.weighting} with `objective.snr_gamma` {self.snr_gamma}; it must be none, "
             "`snr_gamma` is a weighting of its own",
+        )
+        _require(
+            self.timestep_sampling != "importance" or self.time_shift == 1,
+            f"`objective.time_shift` is {self.time_shift} with `objective.timestep_sampling` importance; it must be 1, "
+            "importance sampling finds its own timesteps",
         )
         _require(
             0 <= self.proportion_empty_prompts <= 1,
@@ -462,7 +476,7 @@ class LdmTraining:
     latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ScratchClip)
     unet: UNetConfig = field(default_factory=UNetConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig | FlowConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -488,6 +502,39 @@ class LdmTraining:
             steps <= trained,
             f"`validation.num_inference_steps` is {steps}; `diffusion.num_train_timesteps` allows at most {trained}",
         )
+        self._check_timesteps()
+
+    def _check_timesteps(self) -> None:
+        sampling, shift = self.objective.timestep_sampling, self.objective.time_shift
+        _require(
+            sampling != "importance" or isinstance(self.diffusion, DiffusionConfig),
+            "`objective.timestep_sampling` is importance with `diffusion.type` flow, whose times are continuous; it "
+            "must be uniform or logit_normal",
+        )
+        _require(
+            self.diffusion.variance_type != "learned_range" or (sampling != "logit_normal" and shift == 1),
+            f"`objective.timestep_sampling` is {sampling} and `objective.time_shift` {shift} with "
+            "`diffusion.variance_type` learned_range, whose bound is a sum over all timesteps; they must be uniform or "
+            "importance, and 1",
+        )
+
+
+@dataclass(frozen=True)
+class ClassifierTraining:
+    """Everything `train_classifier.py` needs.
+
+    `model` is the model folder or hub id to be guided, which gives scale and noise of the latents; `latents` the cache
+    that its training left, `latents/` in its run folder. A caption that names exactly one of `classifier.labels` is of
+    that class, others do not count.
+    """
+
+    output_dir: str
+    model: str
+    latents: str
+    classifier: ClassifierConfig
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import draccus
 
-from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, TextEncoderConfig
+from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, TextEncoderConfig
 
 T = TypeVar("T")
 
@@ -139,19 +139,20 @@ def _build(kind: type[T], tree: Any, prefix: str = "") -> T:
     """Checks every key and value of a section, then builds it."""
     if not isinstance(tree, dict):
         raise ConfigError(f"`{prefix[:-1]}` is {tree!r}; it must be a section of keys and values")
-    hints = _hints(_chosen(kind, tree, prefix))
+    chosen = _chosen(kind, tree, prefix)
+    hints = _hints(chosen)
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
             raise ConfigError(f"`{key}` is not a key of the config{_nearest(str(name), prefix, hints)}")
         if value is False and "no" in typing.get_args(hints[name]):
             tree[name] = value = "no"  # YAML 1.1 takes a bare no for false
-        if dataclasses.is_dataclass(hints[name]):
+        if _sections(hints[name]):
             _build(hints[name], value, f"{key}.")
         elif not _accepts(hints[name], value):
             raise ConfigError(f"`{key}` is {value!r}; it must be {_described(hints[name])}")
     try:
-        built: T = draccus.decode(kind, tree)
+        built: T = draccus.decode(chosen if len(_sections(kind)) > 1 else kind, tree)
         return built
     except draccus.utils.DraccusException as error:
         cause = error.__cause__ or error
@@ -161,13 +162,25 @@ def _build(kind: type[T], tree: Any, prefix: str = "") -> T:
 
 def _chosen(kind: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """The dataclass that a section's `type` names, where it names one."""
-    if kind is not TextEncoderConfig:
+    sections = _sections(kind)
+    if kind is TextEncoderConfig:
+        choices = kind.get_known_choices()
+    elif len(sections) > 1:
+        choices = {typing.get_args(_hints(s)["type"])[0]: s for s in sections if "type" in _hints(s)}
+        if "type" not in tree:
+            return next(section for section in sections if section not in choices.values())
+    else:
         return kind
-    choices = kind.get_known_choices()
     if tree.get("type") not in choices:
         found = f"is {tree['type']!r}" if "type" in tree else "is missing"
         raise ConfigError(f"`{prefix}type` {found}; it must be one of {', '.join(choices)}")
     return choices[tree["type"]]
+
+
+def _sections(hint: Any) -> list[Any]:
+    """The dataclasses that a section of this type can be: none for a plain value, several for a union of them."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return list(options) if all(dataclasses.is_dataclass(option) for option in options) else []
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -178,13 +191,13 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _keys(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and types of every key, those of all text encoders included."""
+    """Dotted names and types of every key, those of all kinds of a section included."""
     keys: dict[str, Any] = {}
     for option in TextEncoderConfig.get_known_choices().values() if kind is TextEncoderConfig else [kind]:
         for name, hint in _hints(option).items():
             keys[f"{prefix}{name}"] = hint
-            if dataclasses.is_dataclass(hint):
-                keys |= _keys(hint, f"{prefix}{name}.")
+            for section in _sections(hint):
+                keys |= _keys(section, f"{prefix}{name}.")
     return keys
 
 
@@ -224,7 +237,11 @@ def _described(hint: Any) -> str:
 
 def _nearest(name: str, prefix: str, hints: Mapping[str, Any]) -> str:
     """A hint at the key that was meant: in this section, or else in any section."""
-    elsewhere = {key.rsplit(".", 1)[-1]: key for root in (LdmTraining, AutoencoderTraining) for key in _keys(root)}
+    elsewhere = {
+        key.rsplit(".", 1)[-1]: key
+        for root in (ClassifierTraining, LdmTraining, AutoencoderTraining)
+        for key in _keys(root)
+    }
     near, far = difflib.get_close_matches(name, hints, 1), difflib.get_close_matches(name, elsewhere, 1)
     if near:
         return f"; did you mean `{prefix}{near[0]}`?"

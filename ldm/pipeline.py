@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,20 +15,56 @@ from torch.nn.functional import interpolate
 
 from autoencoder import Decode, LatentCodec, strip_decode, tiled_decode
 from autoencoder.codec import whole_decode
+from autoencoder.preview import LinearPreview
 from conditioning import Conditioning, PromptSyntax, condition_batches
 from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
 from ldm.networks import uncropped
 from ldm.pretrained import BUNDLED, Model, read_model, write_model
-from ldm.process import timesteps as spaced_timesteps
+from ldm.process import at_unit_variance
 from ldm.process.posterior import q_sample
-from ldm.process.prediction import Prediction
-from ldm.sampling import Callback, Denoiser, guided_denoiser, named_sampler, randn_rows
+from ldm.process.prediction import Prediction, check_choice
+from ldm.process.spacing import TIMESTEP_SPACINGS
+from ldm.sampling import (
+    SIGMA_SPACINGS,
+    Callback,
+    ClassifierGuidance,
+    Denoiser,
+    Guidance,
+    Sampler,
+    classifier_gradient,
+    lerp_conditions,
+    named_sampler,
+    randn_rows,
+    sigma_spaced_timesteps,
+    slerp,
+)
+from ldm.sampling.denoiser import Conditioning as NetworkConditioning
 from ldm.sampling.denoiser import Network
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
 DECODERS: Mapping[str | None, Decode] = {None: whole_decode, "strips": strip_decode, "tiles": tiled_decode}
+SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SPACINGS)
 MAX_ROWS, POSITIONS = 8, 1024
 """On the CPU the network runs on so many rows that they have about 1024 latent positions together, and on 8 at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call draws, whatever the prompts.
+
+    `shape` is [C, h, w] of the latents, `start` the encoded picture to begin with, `keep` 1 where it stays, `channels`
+    what an inpainting U-Net reads besides, `decode` the way from latents to pixels.
+    """
+
+    shape: tuple[int, int, int]
+    timesteps: Tensor
+    sampler: Sampler
+    guidance: Guidance
+    start: Tensor | None
+    keep: Tensor | None
+    channels: Tensor | None
+    decode: Decode
+    callback: Callback | None
 
 
 class TextToImage:
@@ -44,7 +82,8 @@ class TextToImage:
         for part in (model.vae, model.unet, model.text_encoder):
             part.to(self.device, self.dtype).eval()
         self.codec = LatentCodec.from_config(model.vae)
-        self.schedule = model.diffusion.schedule()
+        self.process = model.diffusion.schedule()
+        self.schedule = at_unit_variance(self.process)
 
     @classmethod
     def from_pretrained(
@@ -98,13 +137,9 @@ class TextToImage:
         latents: Tensor | None = None,
         *,
         batch_size: int = 8,
-        init_image: Image.Image | None = None,
-        strength: float = 0.8,
-        mask: Image.Image | None = None,
-        tiled: Literal["strips", "tiles"] | None = None,
-        callback: Callback | None = None,
-        progress: Callable[[int], object] | None = None,
         prompt_syntax: PromptSyntax = "plain",
+        progress: Callable[[int], object] | None = None,
+        **settings: Any,
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of every prompt, prompt by prompt.
 
@@ -115,12 +150,8 @@ class TextToImage:
             seed: picture i of the call uses seed + i; its noise is drawn on the CPU from its own generator.
             latents: initial noise [N, C, h, w], N(0, I), instead of drawn noise.
             batch_size: pictures at once; changes speed and memory only.
-            init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
-            mask: with `init_image`, white where to draw anew, black where to keep it; a grey is one of the two.
-            tiled: decode in pieces, for large pictures: "strips" gives the same picture in less memory,
-                "tiles" needs little however large the picture is, and its colours may drift from tile to tile.
-            callback: called in every sampling step, see `ldm.sampling`.
             progress: called with the number of pictures just finished.
+            settings: the other arguments of `plan`.
 
         Raises:
             ValueError: naming the argument that is out of range.
@@ -129,21 +160,11 @@ class TextToImage:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if tiled not in DECODERS:
-            raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        plan = self.plan(steps, guidance_scale, sampler, height, width, **settings)
         count = len(prompts) * num_images
-        shape = self._latent_shape(height, width)
-        visited = self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0)
-        draw = named_sampler(self.setting("sampler", sampler))
-        scale = float(self.setting("guidance_scale", guidance_scale))
-        start = None if init_image is None else self._encode(self._pixels(init_image, shape))
-        keep = None if mask is None else self._keep_mask(mask, shape, start)
-        channels = self._inpainting_channels(init_image, mask, shape)
-        if channels is not None:  # the network sees what to keep, and from strength 1 on nothing of the rest
-            start, keep = start if strength < 1 else None, None
-        if latents is not None and latents.shape != (count, *shape):
-            raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[count, *shape]}")
+        if latents is not None and latents.shape != (count, *plan.shape):
+            raise ValueError(f"latents has shape {list(latents.shape)}; this call needs {[count, *plan.shape]}")
         images: list[Image.Image] = []
         first = 0
         for condition, unconditional in condition_batches(
@@ -151,20 +172,145 @@ class TextToImage:
         ):
             rows = range(first, first + len(condition))
             rng = [_generator(seed + row) for row in rows]
-            noise = randn_rows((len(rows), *shape), rng) if latents is None else latents[first : first + len(rows)]
-            x = self._start(noise.to(self.device, torch.float32), start, visited)
-            denoise = self._denoiser(condition, unconditional, scale, shape, channels)
-            if keep is not None and start is not None:
-                denoise = self._inpainting(denoise, start, keep)
-            z = draw(denoise, x, self.schedule, visited, rng, callback)
-            if keep is not None and start is not None:
-                z = torch.lerp(z, start.expand_as(z), keep)
-            for row in torch.split(z, 1):
-                images.extend(to_images(self._decode(row, DECODERS[tiled])))
+            noise = randn_rows((len(rows), *plan.shape), rng) if latents is None else latents[first : first + len(rows)]
+            told, untold = self._kwargs(condition, plan.shape), self._kwargs(unconditional, plan.shape)
+            images += self._draw(plan, told, untold, noise, rng)
             if progress is not None:
                 progress(len(rows))
             first += len(rows)
         return images
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        prompts: tuple[str, str],
+        seeds: tuple[int, int],
+        parts: Sequence[float],
+        *,
+        negative_prompt: str | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int], object] | None = None,
+        prompt_syntax: PromptSyntax = "plain",
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draws the way from one prompt and seed to another: a picture for each of `parts` in [0, 1].
+
+        The noise goes along a great circle, the context along a straight line, so part 0 is the picture of the first
+        prompt and seed and, with a deterministic sampler, part 1 that of the second; a stochastic one draws its noise
+        from the first seed throughout. Other arguments as in `__call__`. Raises ValueError for a part outside [0, 1].
+        """
+        if not all(0 <= part <= 1 for part in parts):
+            raise ValueError(f"parts are {list(parts)}; each must lie in [0, 1]")
+        plan = self.plan(**settings)
+        ends = [randn_rows((1, *plan.shape), [_generator(seed)])[0] for seed in seeds]
+        (condition, unconditional), *rest = condition_batches(
+            self.model.text_encoder, prompts, negative_prompt, 1, len(prompts), prompt_syntax
+        )
+        if rest:
+            raise ValueError("the prompts to interpolate between take different numbers of the text encoder's windows")
+        one, other = (self._kwargs(condition.index(torch.tensor([row])), plan.shape) for row in (0, 1))
+        images: list[Image.Image] = []
+        for first in range(0, len(parts), batch_size):
+            here = torch.tensor(parts[first : first + batch_size], dtype=torch.float64)
+            rng = [_generator(seeds[0]) for _ in here]
+            randn_rows((len(rng), *plan.shape), rng)
+            between = lerp_conditions(one, other, here)
+            away = self._kwargs(unconditional.index(torch.zeros(len(here), dtype=torch.long)), plan.shape)
+            images += self._draw(plan, between, away, slerp(ends[0], ends[1], here), rng)
+            if progress is not None:
+                progress(len(here))
+        return images
+
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        init_image: Image.Image | None = None,
+        strength: float = 0.8,
+        mask: Image.Image | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        dynamic_threshold: float | None = None,
+        threshold_limit: float = 3.0,
+        classifier: ClassifierGuidance | None = None,
+        tiled: Literal["strips", "tiles"] | None = None,
+        callback: Callback | None = None,
+    ) -> Plan:
+        """What `__call__` and `interpolate` do with their settings; None is the model's own default.
+
+        Args:
+            init_image: start from this picture noised to `strength` in (0, 1] of the way (Meng et al. 2022, SDEdit).
+            mask: with `init_image`, white where to draw anew, black where to keep it; a grey is one of the two.
+            spacing: of the timesteps, one of `SPACINGS`.
+            eta: of the ddim sampler, 0 deterministic to 1 ancestral.
+            guidance_rescale: pulls the spread of a guided prediction back, 0 not at all to 1 wholly.
+            guidance_interval: the noise levels sigma / alpha, low to high, at which guidance acts.
+            dynamic_threshold: the quantile of |x0| that is pulled back to `threshold_limit`.
+            classifier: a classifier of noisy latents to follow besides.
+            tiled: decode in pieces, for large pictures: "strips" gives the same picture in less memory,
+                "tiles" needs little however large the picture is, and its colours may drift from tile to tile.
+            callback: called in every sampling step, see `ldm.sampling`.
+
+        Raises:
+            ValueError: naming the argument that is out of range.
+        """
+        if tiled not in DECODERS:
+            raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
+        shape = self._latent_shape(height, width)
+        start = None if init_image is None else self._encode(self._pixels(init_image, shape))
+        keep = None if mask is None else self._keep_mask(mask, shape, start)
+        channels = self._inpainting_channels(init_image, mask, shape)
+        if channels is not None:  # the network sees what to keep, and from strength 1 on nothing of the rest
+            start, keep = start if strength < 1 else None, None
+        scale = float(self.setting("guidance_scale", guidance_scale))
+        return Plan(
+            shape,
+            self._timesteps(self.setting("num_inference_steps", steps), strength if init_image else 1.0, spacing),
+            self._sampler(self.setting("sampler", sampler), eta, classifier),
+            Guidance(scale, guidance_rescale, guidance_interval, dynamic_threshold, threshold_limit),
+            start,
+            keep,
+            channels,
+            DECODERS[tiled],
+            callback,
+        )
+
+    @cached_property
+    def preview(self) -> LinearPreview:
+        """The linear map from latents to small pictures that comes nearest to the decoder, for use in a callback."""
+        with torch.no_grad():
+            return LinearPreview.of_decoder(self.codec, _generator(0))
+
+    def _draw(
+        self,
+        plan: Plan,
+        condition: NetworkConditioning,
+        unconditional: NetworkConditioning,
+        noise: Tensor,
+        rng: Sequence[torch.Generator],
+    ) -> list[Image.Image]:
+        """One batch: noise [B, C, h, w] under conditions of B rows, decoded one by one."""
+        x = self._start(noise.to(self.device, torch.float32), plan.start, plan.timesteps)
+        denoise = plan.guidance.denoiser(
+            self._network if plan.channels is None else with_channels(self._network, plan.channels),
+            self.process,
+            self.model.diffusion.prediction_type,
+            condition,
+            unconditional,
+            self.dtype,
+        )
+        if plan.keep is not None and plan.start is not None:
+            denoise = self._inpainting(denoise, plan.start, plan.keep)
+        z = plan.sampler(denoise, x, self.schedule, plan.timesteps, rng, plan.callback)
+        if plan.keep is not None and plan.start is not None:
+            z = torch.lerp(z, plan.start.expand_as(z), plan.keep)
+        return [image for row in torch.split(z, 1) for image in to_images(self._decode(row, plan.decode))]
 
     def _decode(self, z: Tensor, network: Decode) -> Tensor:
         """The picture [1, 3, H, W] of one row of latents; where the decoder overflows in half precision, in float32."""
@@ -181,23 +327,12 @@ class TextToImage:
             "damaged or, in half precision, its values too large: try dtype float32"
         )
 
-    def _denoiser(
-        self,
-        condition: Conditioning,
-        unconditional: Conditioning,
-        scale: float,
-        shape: tuple[int, int, int],
-        channels: Tensor | None = None,
-    ) -> Denoiser:
-        return guided_denoiser(
-            self._network if channels is None else with_channels(self._network, channels),
-            self.schedule,
-            self.model.diffusion.prediction_type,
-            self._kwargs(condition, shape),
-            self._kwargs(unconditional, shape),
-            scale,
-            dtype=self.dtype,
-        )
+    def _sampler(self, name: str, eta: float | None, classifier: ClassifierGuidance | None) -> Sampler:
+        gradient = None
+        if classifier is not None:
+            gradient = classifier_gradient(classifier.log_prob, classifier.scale, self.schedule)
+        fixed_large = self.model.diffusion.variance_type == "fixed_large"
+        return named_sampler(name, eta=eta, kind="fixed_large" if fixed_large else "fixed_small", gradient=gradient)
 
     def _network(self, x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
         rows = max(1, min(MAX_ROWS, POSITIONS // x[0, 0].numel())) if self.device.type == "cpu" else len(x)
@@ -217,8 +352,9 @@ class TextToImage:
 
         def masked(x: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = self.schedule.alpha_sigma(t, like=x)
-            x0 = torch.lerp(denoise(x, t).x0, start.expand_as(x), keep)
-            return Prediction(x0, (x - alpha * x0) / sigma)
+            prediction = denoise(x, t)
+            x0 = torch.lerp(prediction.x0, start.expand_as(x), keep)
+            return prediction._replace(x0=x0, eps=(x - alpha * x0) / sigma)
 
         return masked
 
@@ -228,15 +364,18 @@ class TextToImage:
         alpha, sigma = self.schedule.alpha_sigma(visited[:1], like=noise)
         return q_sample(start, noise, alpha, sigma)
 
-    def _timesteps(self, steps: int, strength: float) -> Tensor:
+    def _timesteps(self, steps: int, strength: float, spacing: str | None) -> Tensor:
         if not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}; it must lie in (0, 1]")
         diffusion = self.model.diffusion
         if not 1 <= steps <= diffusion.num_train_timesteps:
             raise ValueError(f"steps is {steps}; this model accepts 1 to {diffusion.num_train_timesteps}")
-        visited = spaced_timesteps(
-            steps, diffusion.num_train_timesteps, diffusion.timestep_spacing, diffusion.steps_offset
-        )
+        check_choice("spacing", spacing or diffusion.timestep_spacing, SPACINGS)
+        match spacing:
+            case "karras" | "exponential":
+                visited = sigma_spaced_timesteps(self.schedule, steps, spacing)
+            case None | "leading" | "trailing" | "linspace":
+                visited = diffusion.timesteps(steps, spacing)
         return visited[len(visited) - max(1, int(steps * strength)) :]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

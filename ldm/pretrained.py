@@ -27,7 +27,7 @@ from ldm.interop.checkpoint import TOKENIZERS, folder_parts, model_index, read_p
 from ldm.interop.networks import build_text_model, build_tokenizer, build_unet, build_vae, explained
 from ldm.interop.tensors import ModelError, read_json, write_json
 from ldm.networks import UNet, UNetConfig
-from ldm.process import DiffusionConfig
+from ldm.process import ProcessConfig, process_from_dict
 from ldm.single_file import read_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -51,7 +51,7 @@ class Model:
     vae: Autoencoder
     unet: UNet
     text_encoder: TextEncoder
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
 
@@ -130,7 +130,7 @@ def _model_of_file(path: Path, allow_pickle: bool) -> Model:
         build_vae(checkpoint.parts["vae"]),
         build_unet(checkpoint.parts["unet"]),
         explained(path, clip_encoder, models, tokenizers, {}),
-        explained(path, DiffusionConfig.from_dict, checkpoint.scheduler),
+        explained(path, process_from_dict, checkpoint.scheduler),
         _checked_settings(checkpoint.settings, path),
         checkpoint.card,
     )
@@ -182,10 +182,10 @@ def clip_encoder(
     return DualTextEncoder(first, second, bool(index.get("force_zeros_for_empty_prompt", True))).eval()
 
 
-def read_diffusion(folder: Path) -> DiffusionConfig:
+def read_diffusion(folder: Path) -> ProcessConfig:
     """The diffusion process of a pipeline folder."""
     path = folder / "scheduler" / "scheduler_config.json"
-    return explained(path, DiffusionConfig.from_dict, read_json(path))
+    return explained(path, process_from_dict, read_json(path))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -256,8 +256,12 @@ def _check_fit(model: Model, path: Path) -> None:
     latents = "vae's latent_channels"
     if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents
         raise ModelError(f"{_unet_config(path)}: in_channels is {unet.in_channels}, but the {latents} is {channels}")
-    if unet.out_channels != channels:
-        raise ModelError(f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {latents} is {channels}")
+    learned = model.diffusion.variance_type == "learned_range"
+    if unet.out_channels != channels * (1 + learned):
+        doubled = f"double of the {latents} for its learned variance" if learned else latents
+        raise ModelError(
+            f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {doubled} is {channels * (1 + learned)}"
+        )
     contexts = {level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth}
     for key, wrong, source, wanted in (
         ("cross_attention_dim", contexts != {encoder.context_dim}, "text encoder's width", encoder.context_dim),

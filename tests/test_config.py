@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, PretrainedClip, ScratchClip
+from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, PretrainedClip, ScratchClip
 from ldm.config_file import differences, dump_config, flat_settings, load_config, parse_command_line
 
 STAGE_ONE = "output_dir: out\n"
@@ -240,6 +240,7 @@ def test_the_command_line_mixes_flags_and_overrides_in_any_order(tmp_path: Path)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_shipped_config_loads_and_reads_back_as_dumped(tmp_path: Path, path: Path) -> None:
     kind: Any = AutoencoderTraining if "autoencoder" in path.stem else LdmTraining
+    kind = ClassifierTraining if "classifier" in path.stem else kind
     config = load_config(kind, path)
     assert load(tmp_path, kind, dump_config(config)) == config
 

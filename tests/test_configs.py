@@ -13,6 +13,7 @@ from ldm.build import (
     build_autoencoder,
     build_batches,
     build_bottleneck,
+    build_classifier,
     build_discriminator,
     build_loss_weights,
     build_objective,
@@ -20,7 +21,7 @@ from ldm.build import (
     build_perceptual,
     check_resolution,
 )
-from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip
+from ldm.config import AutoencoderTraining, ClassifierTraining, LdmTraining, ScratchClip
 from ldm.config_file import dump_config, load_config
 from ldm.data.order import BatchPlan
 from ldm.networks import UNet
@@ -30,7 +31,8 @@ from ldm.training.optim import adamw
 FOLDER = Path(__file__).parent.parent / "train_configs"
 FILES = [f for f in sorted(FOLDER.rglob("*.yaml")) if "accelerate" not in f.relative_to(FOLDER).parts]
 STAGE_ONE = [f for f in FILES if "autoencoder" in f.name]
-STAGE_TWO = [f for f in FILES if "autoencoder" not in f.name]
+CLASSIFIERS = [f for f in FILES if "classifier" in f.name]
+STAGE_TWO = [f for f in FILES if f not in STAGE_ONE + CLASSIFIERS]
 
 
 def named(files: list[Path]) -> pytest.MarkDecorator:
@@ -145,9 +147,19 @@ def test_a_stage_two_file_fits_the_stage_one_file_that_it_names(path: Path) -> N
     assert config.data.source == stage_one.data.source
 
 
+@named(CLASSIFIERS)
+def test_a_classifiers_file_builds_for_the_stage_two_file_that_it_names(path: Path) -> None:
+    config = load_config(ClassifierTraining, path)
+    stage_two = next(c for c in (load_config(LdmTraining, f) for f in STAGE_TWO) if c.output_dir in config.model)
+    assert config.latents == f"{stage_two.output_dir}/latents"
+    classifier = build_classifier(config, stage_two.unet.in_channels)
+    logits = classifier(torch.zeros(2, stage_two.unet.in_channels, 16, 16), torch.tensor([3, 700]))
+    assert logits.shape == (2, len(config.classifier.labels))
+
+
 @named(FILES)
 def test_a_file_survives_the_way_into_a_run_folder(path: Path, tmp_path: Path) -> None:
-    kind = AutoencoderTraining if path in STAGE_ONE else LdmTraining
+    kind = AutoencoderTraining if path in STAGE_ONE else ClassifierTraining if path in CLASSIFIERS else LdmTraining
     config = load_config(kind, path)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(kind, tmp_path / "config.yaml") == config

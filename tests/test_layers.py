@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OWN = ("autoencoder", "conditioning", "ldm", "train_autoencoder", "train_ldm")
+OWN = ("autoencoder", "conditioning", "ldm", "train_autoencoder", "train_classifier", "train_ldm")
 LAYERS = {
     1: ("autoencoder", "conditioning", "ldm.process", "ldm.networks", "ldm.seeds"),
     2: ("ldm.sampling", "ldm.adapters", "ldm.data", "ldm.interop"),
     3: ("ldm.tasks", "ldm.pipeline", "ldm.pretrained", "ldm.single_file"),
     4: ("ldm.config", "ldm.config_file", "ldm.build", "ldm.training", "ldm.evaluation"),
-    5: ("ldm", "ldm.cli", "ldm.serving", "train_autoencoder", "train_ldm"),
+    5: ("ldm", "ldm.cli", "ldm.serving", "train_autoencoder", "train_classifier", "train_ldm"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 NEIGHBOURS = {
@@ -104,7 +104,7 @@ def test_third_parties_stay_in_their_rooms(name: str) -> None:
     roots = {module.split(".")[0] for module in everything(name)}
     assert not (roots - EXCHANGE.get(name, set())) & {"diffusers", "transformers"}
     if "accelerate" in roots:
-        assert room(name) in ("ldm.training", "train_autoencoder", "train_ldm")
+        assert room(name) in ("ldm.training", "train_autoencoder", "train_classifier", "train_ldm")
 
 
 def reached(start: str) -> set[str]:

@@ -304,7 +304,7 @@ def test_the_black_part_of_the_mask_keeps_its_latents(
 ) -> None:
     finished: list[torch.Tensor] = []
     decode = LatentCodec.decode
-    monkeypatch.setattr(LatentCodec, "decode", lambda codec, z: decode(codec, finished.append(z) or z))
+    monkeypatch.setattr(LatentCodec, "decode", lambda codec, z, *rest: decode(codec, finished.append(z) or z, *rest))
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (16, 0, 32, 32))
     pipe("a red circle", init_image=picture(), strength=1.0, mask=mask, sampler=sampler)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.cli import options
 from ldm.cli.device import usable_device
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "mask": (str, type(None)),
     "prompt_syntax": (str,),
 }
-"""What the `ldm` text chunk of a PNG holds."""
+"""What the `ldm` text chunk of a PNG holds, besides `options.STORED_KINDS`."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("strips", "tiles"),
         help="decode large pictures in strips (less memory, the same picture) or in tiles (little memory, near it)",
     )
+    options.add_options(p)
     p.add_argument("--from-image", metavar="PNG", help="draw a PNG made here again; given flags win over its settings")
     p.add_argument("--output", "--outdir", "-o", default="outputs", help="folder, or a .png file for a single picture")
     p.add_argument("--grid", action="store_true", help="also write grid.png with the prompts as labels")
@@ -113,19 +115,23 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    places = options.parts(args)
+    if places is not None:
+        options.check_interpolation(prompts, args.num_images)
+    count = len(prompts) * args.num_images if places is None else len(places)
     target = Path(args.output)
-    if target.suffix.lower() == ".png" and len(prompts) * args.num_images > 1:
-        raise ValueError(f"--output {target} is one file, but {len(prompts) * args.num_images} pictures were asked for")
+    if target.suffix.lower() == ".png" and count > 1:
+        raise ValueError(f"--output {target} is one file, but {count} pictures were asked for")
     pipe = _load(args)
     loaded = time.perf_counter()
     for prompt in prompts:
         cut = pipe.model.text_encoder.truncated(prompt)
         if cut:
             print(f"warning: the prompt is longer than the model reads; left out: {cut!r}", file=sys.stderr)
-    images = _draw(pipe, args, prompts, init, mask)
+    pictures = _pictures(args, prompts, places)
+    images = _draw(pipe, args, pictures, init, mask)
     drawn = time.perf_counter()
-    texts = [prompt for prompt in prompts for _ in range(args.num_images)]
-    files = _write(pipe, args, texts, images, target)
+    files = _write(pipe, args, pictures, images, target)
     return {
         "images": [str(f) for f in files],
         "seconds": {"load": round(loaded - started, 3), "draw": round(drawn - loaded, 3)},
@@ -164,30 +170,49 @@ def _load(args: argparse.Namespace) -> TextToImage:
     )
 
 
+def _pictures(args: argparse.Namespace, prompts: list[str], places: list[float] | None) -> list[dict[str, Any]]:
+    """Prompt, seed and place on an interpolation's way of each picture."""
+    if places is not None:
+        return [{"prompt": prompts[0], "seed": args.seed, "part": part} for part in places]
+    texts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    return [{"prompt": text, "seed": args.seed + i, "part": None} for i, text in enumerate(texts)]
+
+
+def _name(index: int, picture: dict[str, Any]) -> str:
+    return f"{index:05d}_seed{picture['seed']}"
+
+
 def _draw(
-    pipe: TextToImage, args: argparse.Namespace, prompts: list[str], init: Image.Image | None, mask: Image.Image | None
+    pipe: TextToImage,
+    args: argparse.Namespace,
+    pictures: list[dict[str, Any]],
+    init: Image.Image | None,
+    mask: Image.Image | None,
 ) -> list[Image.Image]:
     from tqdm import tqdm
 
-    with tqdm(total=len(prompts) * args.num_images, unit="image", disable=args.json or None, leave=False) as bar:
-        return pipe(
-            prompts,
-            negative_prompt=args.negative_prompt,
-            num_images=args.num_images,
-            steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            sampler=args.sampler,
-            seed=args.seed,
-            height=args.height,
-            width=args.width,
-            batch_size=args.batch_size,
-            init_image=init,
-            strength=args.strength,
-            mask=mask,
-            tiled=args.tiled,
-            progress=bar.update,
-            prompt_syntax=args.prompt_syntax,
-        )
+    settings = {
+        "negative_prompt": args.negative_prompt,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "sampler": args.sampler,
+        "height": args.height,
+        "width": args.width,
+        "batch_size": args.batch_size,
+        "init_image": init,
+        "strength": args.strength,
+        "mask": mask,
+        "tiled": args.tiled,
+        "prompt_syntax": args.prompt_syntax,
+        **options.settings(args, pipe, [_name(index, picture) for index, picture in enumerate(pictures)]),
+    }
+    first = pictures[0]
+    with tqdm(total=len(pictures), unit="image", disable=args.json or None, leave=False) as bar:
+        if first["part"] is None:
+            return pipe([p["prompt"] for p in pictures], seed=args.seed, progress=bar.update, **settings)
+        prompts = (first["prompt"], first["prompt"] if args.to_prompt is None else args.to_prompt)
+        seeds = (args.seed, args.seed if args.to_seed is None else args.to_seed)
+        return pipe.interpolate(prompts, seeds, [p["part"] for p in pictures], progress=bar.update, **settings)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -230,26 +255,30 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
         "strength": args.strength,
         "mask": args.mask,
         "prompt_syntax": args.prompt_syntax,
+        **options.stored_options(args),
     }
 
 
 def _write(
-    pipe: TextToImage, args: argparse.Namespace, texts: list[str], images: list[Image.Image], target: Path
+    pipe: TextToImage,
+    args: argparse.Namespace,
+    pictures: list[dict[str, Any]],
+    images: list[Image.Image],
+    target: Path,
 ) -> list[Path]:
     single = target.suffix.lower() == ".png"
     folder = target.parent if single else target
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for index, (text, image) in enumerate(zip(texts, images, strict=True)):
-        seed = args.seed + index
-        files.append(target if single else folder / f"{index:05d}_seed{seed}.png")
-        settings = {"prompt": text, "seed": seed, **_settings(pipe, args)}
+    for index, (picture, image) in enumerate(zip(pictures, images, strict=True)):
+        files.append(target if single else folder / f"{_name(index, picture)}.png")
+        settings = {**picture, **_settings(pipe, args)}
         image.save(files[-1], pnginfo=png_text(settings) if args.metadata == "a1111" else None)
     if args.grid:
         from ldm.evaluation.grid import image_grid
 
         files.append(folder / "grid.png")
-        image_grid(images, labels=texts, min_side=128).save(files[-1])
+        image_grid(images, labels=[p["prompt"] for p in pictures], min_side=128).save(files[-1])
     return files
 
 
@@ -287,10 +316,11 @@ def _stored(png: str) -> dict[str, Any]:
             image.load()
             found = json.loads(getattr(image, "text", {})["ldm"])
         stored = {key: found[key] for key in STORED_KINDS}
+        stored |= {key: found[key] for key in options.STORED_KINDS if key in found}
     except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--from-image {png} is not a PNG made by ldm-generate") from error
     for key, value in stored.items():
-        if not isinstance(value, STORED_KINDS[key]):
+        if not isinstance(value, {**STORED_KINDS, **options.STORED_KINDS}[key]):
             raise ValueError(f"--from-image {png} holds {key} {value!r}, which ldm-generate does not write")
     return stored
 

@@ -157,6 +157,19 @@ class LatentCache:
         for block in self.moments:
             self.starts.append(self.starts[-1] + len(block))
 
+    @classmethod
+    def open(cls, folder: Path, autoencoder: str) -> LatentCache:
+        """Opens a complete cache with whatever settings it was made, as long as that autoencoder made it.
+
+        Raises:
+            StaleCache: when another autoencoder did.
+            ValueError: naming the folder that is no complete cache, or the shard that is missing or damaged.
+        """
+        if not is_complete(folder):
+            raise ValueError(f"{folder} is not a complete latent cache; it is `latents/` in a finished stage-two run")
+        stored = json.loads((folder / "manifest.json").read_text())["settings"]
+        return cls(folder, CacheSettings(**{**stored, "autoencoder": autoencoder}))
+
     def _open_shard(self, folder: Path, name: str, count: int, sha256: str) -> None:
         path = folder / f"{name}.safetensors"
         if not path.exists():

@@ -110,7 +110,7 @@ class UNet(nn.Module):
         unet.to_empty(device=generator.device)
         with torch.no_grad():
             for module in unet.modules():
-                _initialise(module, generator)
+                initialise(module, generator)
             for module in unet.modules():
                 _zero_last_layer(module)
         return unet
@@ -260,7 +260,8 @@ def _add_residuals(x: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) 
     return x + on_mid, [skip + extra for skip, extra in zip(skips, on_skips, strict=True)]
 
 
-def _initialise(module: nn.Module, generator: torch.Generator) -> None:
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Draws the parameters of one layer: uniform in ±1/sqrt(fan_in), embeddings standard normal, norms the identity."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         bound = module.weight[0].numel() ** -0.5
         for parameter in module.parameters(recurse=False):

@@ -15,10 +15,11 @@ from ldm.process.bound import (
     prior_term,
     variational_bound,
 )
-from ldm.process.flow import RectifiedFlow, time_shift
+from ldm.process.config import ProcessConfig, process_from_dict
+from ldm.process.flow import FlowConfig, RectifiedFlow, time_shift
 from ldm.process.importance import LossHistory
 from ldm.process.likelihood import PROBES, Probe, bits_per_dim, draw_probe, ode_log_likelihood
-from ldm.process.noise import offset_noise, perturbed_noise
+from ldm.process.noise import TrainingNoise, offset_noise, perturbed_noise
 from ldm.process.objective import NoisedExample, Objective
 from ldm.process.posterior import (
     interpolated_log_variance,
@@ -39,9 +40,12 @@ from ldm.process.schedule import (
     NoiseSchedule,
     Schedule,
     TablePrediction,
+    VariancePreserving,
+    VarianceType,
     finite_log_snr,
 )
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing, timesteps
+from ldm.process.unit_variance import UnitVariance, at_unit_variance
 from ldm.process.ve import VarianceExploding
 from ldm.process.weighting import (
     WEIGHTINGS,
@@ -63,6 +67,7 @@ __all__ = [
     "BetaSchedule",
     "Bound",
     "DiffusionConfig",
+    "FlowConfig",
     "LossHistory",
     "NoiseSchedule",
     "NoisedExample",
@@ -70,14 +75,20 @@ __all__ = [
     "Prediction",
     "PredictionType",
     "Probe",
+    "ProcessConfig",
     "RectifiedFlow",
     "ReverseModel",
     "ReverseStep",
     "Schedule",
     "TablePrediction",
     "TimestepSpacing",
+    "TrainingNoise",
+    "UnitVariance",
     "VarianceExploding",
+    "VariancePreserving",
+    "VarianceType",
     "Weighting",
+    "at_unit_variance",
     "bits_per_dim",
     "bound_term",
     "debiased_weight",
@@ -104,6 +115,7 @@ __all__ = [
     "posterior_mean",
     "posterior_variance",
     "prior_term",
+    "process_from_dict",
     "q_sample",
     "q_step",
     "snr_truncated_weight",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ldm.process.prediction import check_choice
+from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
 from ldm.process.tables import check_timesteps, over
 
 SMALLEST_TIME = 2.0**-24
@@ -73,3 +77,86 @@ def time_shift(t: Tensor, shift: float) -> Tensor:
     if not shift > 0:
         raise ValueError(f"shift is {shift}; accepted: a positive number")
     return shift * t / (1 + (shift - 1) * t)
+
+
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+FIXED_FLOW_KEYS: Mapping[str, object] = {
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+"""Keys of diffusers' flow scheduler that are read at this value only."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """A rectified flow as the process of a model: `RectifiedFlow` with its velocity as the network's prediction.
+
+    `shift` moves the timesteps of samplers, see `time_shift`; those of training have `objective.time_shift`. `type`
+    tells it from a beta table in a config file. Raises ValueError for values out of range.
+    """
+
+    type: Literal["flow"]
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    timestep_spacing: TimestepSpacing = "linspace"
+    prediction_type: ClassVar[Literal["flow"]] = "flow"
+    variance_type: ClassVar[Literal["fixed_small"]] = "fixed_small"
+
+    def __post_init__(self) -> None:
+        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.num_train_timesteps < 1 or not self.shift > 0:
+            raise ValueError(
+                f"num_train_timesteps is {self.num_train_timesteps} and shift {self.shift}; "
+                "accepted: at least 1 and a positive number"
+            )
+
+    def schedule(self) -> RectifiedFlow:
+        """The process."""
+        return RectifiedFlow(self.num_train_timesteps)
+
+    def timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
+        """The timesteps of a sampler, falling from T: float32 [num_steps]; `spacing` None is the model's own.
+
+        "linspace" ends at the first of T trained times, shifted, as diffusers' scheduler does; "trailing" at 1 of
+        `num_steps` equal parts; "leading" begins one part before T. All are then shifted. Raises ValueError for another
+        spacing or number of steps.
+        """
+        if not 1 <= num_steps <= self.num_train_timesteps:
+            raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {self.num_train_timesteps}")
+        check_choice("spacing", spacing or self.timestep_spacing, TIMESTEP_SPACINGS)
+        part, first = 1 / num_steps, torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64)
+        match spacing or self.timestep_spacing:
+            case "linspace":
+                ends = 1.0, float(time_shift(first, self.shift))
+            case "trailing":
+                ends = 1.0, part
+            case "leading":
+                ends = 1 - part + float(first), float(first)
+        times = torch.linspace(*ends, num_steps, dtype=torch.float64)
+        return (time_shift(times, self.shift) * self.num_train_timesteps).float()
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> FlowConfig:
+        """Read a scheduler_config.json of diffusers' FlowMatchEulerDiscreteScheduler.
+
+        Raises ValueError for another class, and for settings that move the timesteps in other ways than `shift`.
+        """
+        check_choice("_class_name", config.get("_class_name"), (FLOW_CLASS,))
+        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+            raise ValueError(f"prediction_type is {config['prediction_type']!r}; accepted: flow_prediction or absent")
+        for key, accepted in FIXED_FLOW_KEYS.items():
+            if config.get(key, accepted) != accepted:
+                raise ValueError(f"{key} is {config[key]!r}; accepted: {accepted!r}")
+        known = {key: config[key] for key in ("num_train_timesteps", "shift", "timestep_spacing") if key in config}
+        return cls(type="flow", **known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scheduler_config.json of diffusers' FlowMatchEulerDiscreteScheduler; the spacing is our own key."""
+        spacing = {} if self.timestep_spacing == "linspace" else {"timestep_spacing": self.timestep_spacing}
+        values = {"num_train_timesteps": self.num_train_timesteps, "shift": self.shift}
+        return {"_class_name": FLOW_CLASS, **values, **spacing, **FIXED_FLOW_KEYS}

@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainingNoise:
+    """N(0, I), changed where asked: `offset` and `perturbation` are the strengths of the functions below, 0 is off.
+
+    Raises ValueError for a negative strength.
+    """
+
+    offset: float = 0.0
+    perturbation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "perturbation"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 0")
+
+    def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """The target's eps and the noise of x_t: float32 [B, C, ...] on the CPU, row i from `generators[i]`."""
+        eps = _rows(torch.empty(tuple(shape)), tuple(shape[1:]), generators)
+        if self.offset > 0:
+            eps = offset_noise(eps, self.offset, generators)
+        return eps, perturbed_noise(eps, self.perturbation, generators) if self.perturbation > 0 else eps
 
 
 def offset_noise(eps: Tensor, strength: float, generators: Sequence[torch.Generator]) -> Tensor:

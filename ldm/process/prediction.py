@@ -17,10 +17,15 @@ PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
 class Prediction(NamedTuple):
-    """Estimates of clean data and noise, each of the shape of x_t, with x_t = alpha·x0 + sigma·eps."""
+    """Estimates of clean data and noise, each of the shape of x_t, with x_t = alpha·x0 + sigma·eps.
+
+    `variance` is the raw output of a network that learnt the reverse step's variance, of the same shape, for
+    `ldm.process.interpolated_log_variance`; None for a fixed one.
+    """
 
     x0: Tensor
     eps: Tensor
+    variance: Tensor | None = None
 
 
 def to_x0_eps(raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Prediction:
@@ -64,6 +69,18 @@ def from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, predictio
             return eps - x0
         case "score":
             return -eps / sigma
+
+
+def split_variance(raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction [B, C, ...] in a raw output, and what a learned variance adds to it, for x [B, C, ...].
+
+    A network that learns its variance has 2C output channels, the prediction first (Nichol & Dhariwal 2021); with C
+    there is no variance. Raises ValueError for another number.
+    """
+    channels = x.shape[1]
+    if raw.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"raw output has {raw.shape[1]} channels; accepted: {channels} or {2 * channels}")
+    return raw[:, :channels], raw[:, channels:] if raw.shape[1] == 2 * channels else None
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

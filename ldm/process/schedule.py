@@ -17,13 +17,16 @@ from torch import Tensor
 
 from ldm.process.prediction import check_choice
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
+from ldm.process.spacing import timesteps as spaced_timesteps
 from ldm.process.tables import check_timesteps, over, timestep_of, value_at
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 TablePrediction = Literal["epsilon", "v_prediction", "sample"]
 TABLE_PREDICTIONS: tuple[TablePrediction, ...] = get_args(TablePrediction)
 """The prediction types that scheduler_config.json of a beta table can name."""
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 
 ZERO_SNR_ALPHA_BAR = 2.0**-24
 """Stands in for alpha_bar = 0 where a finite log-SNR is needed; the value that diffusers' solvers use."""
@@ -64,6 +67,27 @@ class Schedule(Protocol):
 
     def timestep_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`: float64, shaped as `log_snr`, on the CPU."""
+        ...
+
+
+class VariancePreserving(Schedule, Protocol):
+    """A schedule with alpha² + sigma² = 1, alpha² = alpha_bar, which is what samplers walk along.
+
+    A table is one itself; `ldm.process.unit_variance` shows any other process as one.
+    """
+
+    @property
+    def final_alpha_bar(self) -> float:
+        """Where DDIM's last step ends."""
+        ...
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The noisiest and the cleanest timestep of finite signal-to-noise ratio that the network was trained on."""
+        ...
+
+    def alpha_bar_path(self, timesteps: Tensor, final: float) -> Tensor:
+        """alpha_bar at falling timesteps [S], and `final` after the last one: float64 [S + 1] on the CPU."""
         ...
 
 
@@ -154,6 +178,16 @@ class NoiseSchedule:
     def prior_std(self) -> float:
         """The standard deviation of x_t at the last timestep, where sampling starts."""
         return 1.0
+
+    @property
+    def final_alpha_bar(self) -> float:
+        """That of the table's first entry, as in Stable Diffusion (set_alpha_to_one = false)."""
+        return float(self.alphas_cumprod[0])
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """T - 1 and 0."""
+        return float(self.num_train_timesteps - 1), 0.0
 
     @property
     def betas(self) -> Tensor:
@@ -251,9 +285,11 @@ _BETAS_OF_CLASS: dict[str, dict[str, Any]] = {
 class DiffusionConfig:
     """The diffusion process of a model; field names are the keys of diffusers' scheduler_config.json.
 
-    The defaults are those of Stable Diffusion 1.x. "squaredcos_cap_v2" reads neither `beta_start` nor
-    `beta_end`. Raises ValueError for values out of range, and for epsilon prediction at zero terminal SNR,
-    where the noise says nothing about x0 (Lin et al. 2024, section 3.2).
+    The defaults are those of Stable Diffusion 1.x. "squaredcos_cap_v2" and "sigmoid" read neither `beta_start` nor
+    `beta_end`. `trained_betas`, where given, are the table itself and `beta_schedule` is not read. `shift` lowers every
+    log-SNR by 2·log(shift) (Hoogeboom et al. 2023: the side of the pictures over the side that the schedule was tuned
+    for), `rescale_betas_zero_snr` comes after it. Raises ValueError for values out of range, and for epsilon
+    prediction at zero terminal SNR, where the noise says nothing about x0 (Lin et al. 2024, section 3.2).
     """
 
     beta_schedule: BetaSchedule = "scaled_linear"
@@ -264,11 +300,15 @@ class DiffusionConfig:
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 1
     rescale_betas_zero_snr: bool = False
+    shift: float = 1.0
+    trained_betas: tuple[float, ...] | None = None
+    variance_type: VarianceType = "fixed_small"
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         check_choice("prediction_type", self.prediction_type, TABLE_PREDICTIONS)
         check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start} and beta_end {self.beta_end}; "
@@ -279,20 +319,51 @@ class DiffusionConfig:
                 f"num_train_timesteps is {self.num_train_timesteps} and steps_offset {self.steps_offset}; "
                 "accepted: at least 1 and at least 0"
             )
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift}; accepted: a positive number")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("prediction_type is 'epsilon' with rescale_betas_zero_snr; accepted: v_prediction, sample")
+        self._check_trained_betas()
+
+    def _check_trained_betas(self) -> None:
+        betas = self.trained_betas
+        if betas is None:
+            return
+        if len(betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas has {len(betas)} values; accepted: {self.num_train_timesteps}, num_train_timesteps"
+            )
+        if not all(0 < beta < 1 for beta in betas):
+            raise ValueError(f"trained_betas run from {min(betas)} to {max(betas)}; accepted: above 0 and below 1")
 
     def schedule(self) -> NoiseSchedule:
         """The table that these settings describe."""
+        schedule = self._before_rescaling()
+        return schedule.rescale_zero_terminal_snr() if self.rescale_betas_zero_snr else schedule
+
+    def _before_rescaling(self) -> NoiseSchedule:
+        schedule = self._unshifted()
+        return schedule if self.shift == 1 else schedule.shifted(1, self.shift)
+
+    def _unshifted(self) -> NoiseSchedule:
         steps = self.num_train_timesteps
+        if self.trained_betas is not None:
+            return NoiseSchedule.from_betas(torch.tensor(self.trained_betas, dtype=torch.float64))
         match self.beta_schedule:
             case "linear":
-                schedule = NoiseSchedule.linear(self.beta_start, self.beta_end, steps)
+                return NoiseSchedule.linear(self.beta_start, self.beta_end, steps)
             case "scaled_linear":
-                schedule = NoiseSchedule.scaled_linear(self.beta_start, self.beta_end, steps)
+                return NoiseSchedule.scaled_linear(self.beta_start, self.beta_end, steps)
             case "squaredcos_cap_v2":
-                schedule = NoiseSchedule.cosine(steps)
-        return schedule.rescale_zero_terminal_snr() if self.rescale_betas_zero_snr else schedule
+                return NoiseSchedule.cosine(steps)
+            case "sigmoid":
+                return NoiseSchedule.sigmoid(steps)
+
+    def timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
+        """The timesteps of a sampler, see `ldm.process.spacing`; `spacing` None is the model's own."""
+        return spaced_timesteps(
+            num_steps, self.num_train_timesteps, spacing or self.timestep_spacing, self.steps_offset
+        )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DiffusionConfig:
@@ -300,24 +371,37 @@ class DiffusionConfig:
 
         A missing key has the default of the class that `_class_name` names (DDIMScheduler if it is absent).
         Keys that only choose a solver are not read. Raises ValueError for a class of another process (flow
-        matching, EDM), for `trained_betas`, and for sample clipping or thresholding, which latents do not go
-        through.
+        matching, EDM), for diffusers' own "sigmoid" betas, which are another function than ours, for a variance type
+        that we do not have, and for sample clipping or thresholding, which latents do not go through.
         """
         name = config.get("_class_name", "DDIMScheduler")
         check_choice("_class_name", name, tuple(_SPACING_OF_CLASS))
-        for key in ("trained_betas", "clip_sample", "thresholding"):
+        for key in ("clip_sample", "thresholding"):
             if config.get(key):
                 raise ValueError(f"{key} is {config[key]!r}; accepted: false, null or absent")
+        found = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        if found.get("trained_betas") is not None:
+            found["trained_betas"] = tuple(found["trained_betas"])
+        elif found.get("beta_schedule") == "sigmoid":
+            raise ValueError("beta_schedule is 'sigmoid' without trained_betas; accepted: the betas as trained_betas")
+        # diffusers' solvers write null, and "fixed_small_log" is the same variance by its logarithm
+        if found.get("variance_type") in (None, "fixed_small_log"):
+            found.pop("variance_type", None)
         defaults = {**_BETAS_OF_CLASS.get(name, _DDPM_BETAS), "timestep_spacing": _SPACING_OF_CLASS[name]}
-        return cls(**defaults | {f.name: config[f.name] for f in fields(cls) if f.name in config})
+        return cls(**defaults | found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheduler_config.json of a DDIMScheduler of diffusers with this process."""
-        return {
-            "_class_name": "DDIMScheduler",
-            **asdict(self),
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "thresholding": False,
-            "trained_betas": None,
-        }
+        """A scheduler_config.json of diffusers with this process, in classes that stable-diffusion pipelines take.
+
+        DDIMScheduler, or DDPMScheduler where the variance is not the default. Tables that diffusers has no name for
+        are written as `trained_betas`.
+        """
+        named = self.beta_schedule != "sigmoid" and self.shift == 1 and self.trained_betas is None
+        values = asdict(self) | {"clip_sample": False, "thresholding": False, "trained_betas": None}
+        del values["shift"]
+        if not named:
+            values |= {"beta_schedule": "linear", "trained_betas": self._before_rescaling().betas.tolist()}
+        if self.variance_type == "fixed_small":
+            del values["variance_type"]
+            return {"_class_name": "DDIMScheduler", **values, "set_alpha_to_one": False}
+        return {"_class_name": "DDPMScheduler", **values}

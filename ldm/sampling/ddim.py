@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.process.posterior import posterior_variance, q_sample
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
 from ldm.sampling.noise import randn_rows
 
@@ -16,7 +16,7 @@ from ldm.sampling.noise import randn_rows
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,
@@ -31,7 +31,7 @@ def sample(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; accepted: 0 to 1")
-    alpha_bar = schedule.alpha_bar_path(timesteps, final=float(schedule.alphas_cumprod[0]))
+    alpha_bar = schedule.alpha_bar_path(timesteps, final=schedule.final_alpha_bar)
     for step, t in enumerate(timesteps):
         prediction = denoise(x, t.expand(len(x)))
         if callback is not None:

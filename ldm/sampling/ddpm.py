@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ldm.process.posterior import model_variance, posterior_mean
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.posterior import ModelVariance, interpolated_log_variance, model_variance, posterior_mean
+from ldm.process.prediction import Prediction
+from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
 from ldm.sampling.noise import randn_rows
 
@@ -16,23 +17,42 @@ from ldm.sampling.noise import randn_rows
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,
+    kind: ModelVariance = "fixed_small",
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """x_{t-1} = mu-tilde(x_t, x0) + sqrt(beta-tilde)·z with the estimated x0 (eq. 7).
+    """x_{t-1} = mu-tilde(x_t, x0) + sqrt(variance)·z with the estimated x0 (eq. 7).
 
-    beta-tilde is the smaller of the two variances of section 3.2 ("fixed_small"). The last step
-    takes the mean (z = 0), which is x0. See `Sampler` for arguments.
+    The variance is the network's own where it learnt one (Nichol & Dhariwal 2021, eq. 15), else `kind`, see
+    `model_variance`. `gradient`, s·grad log p(y | x_t) from x_t [B, ...] and t [B], moves the mean by variance·gradient
+    (Dhariwal & Nichol 2021, algorithm 1). The last step takes the mean (z = 0) of x0 as it is. See `Sampler` for the
+    other arguments.
     """
     alpha_bar = schedule.alpha_bar_path(timesteps, final=1.0)
     for step, t in enumerate(timesteps):
         prediction = denoise(x, t.expand(len(x)))
         if callback is not None:
             callback(step, t, x, prediction)
-        x = posterior_mean(prediction.x0, x, alpha_bar[step], alpha_bar[step + 1])
-        if step + 1 < len(timesteps):
-            variance = model_variance(alpha_bar[step], alpha_bar[step + 1], "fixed_small")
-            x = x + variance.sqrt() * randn_rows(x.shape, rng, x.device, x.dtype)
+        mean = posterior_mean(prediction.x0, x, alpha_bar[step], alpha_bar[step + 1])
+        if step + 1 == len(timesteps):
+            return mean
+        variance = step_variance(prediction, alpha_bar[step], alpha_bar[step + 1], kind)
+        if gradient is not None:
+            mean = mean + variance * gradient(x, t.expand(len(x)))
+        x = mean + variance.sqrt() * randn_rows(x.shape, rng, x.device, x.dtype)
     return x
+
+
+def step_variance(prediction: Prediction, alpha_bar: Tensor, alpha_bar_prev: Tensor, kind: ModelVariance) -> Tensor:
+    """The variance of p(x_{t-1} | x_t): the learned one, like x_t, or `kind`, a scalar."""
+    if prediction.variance is None:
+        return model_variance(alpha_bar, alpha_bar_prev, kind)
+    small, large = (model_variance(alpha_bar, alpha_bar_prev, bound).log() for bound in _BOUNDS)
+    place = prediction.variance
+    return interpolated_log_variance(place, small.to(place), large.to(place)).exp()
+
+
+_BOUNDS: tuple[ModelVariance, ModelVariance] = ("fixed_small", "fixed_large")

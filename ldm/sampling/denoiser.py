@@ -8,14 +8,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm.process.prediction import Prediction, PredictionType, to_x0_eps
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.prediction import Prediction, PredictionType, split_variance, to_x0_eps
+from ldm.process.schedule import Schedule, VariancePreserving
+from ldm.process.unit_variance import UnitVariance
 
 Denoiser = Callable[[Tensor, Tensor], Prediction]
 """(x_t [B, ...], t [B]) -> Prediction; the condition is already bound."""
 
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]
-"""(step from 0, t as a scalar tensor, x_t before the step, the prediction there); called once a step."""
+"""(step from 0, t as a scalar tensor, x_t before the step, the prediction there); called once a step.
+
+x_t is that of the variance preserving process, see `ldm.process.unit_variance`."""
 
 Network = Callable[..., Tensor]
 """net(x [B, ...], t [B], **conditioning) -> raw output [B, ...]."""
@@ -31,7 +34,7 @@ class Sampler(Protocol):
         self,
         denoise: Denoiser,
         x: Tensor,
-        schedule: NoiseSchedule,
+        schedule: VariancePreserving,
         timesteps: Tensor,
         rng: Sequence[torch.Generator],
         callback: Callback | None = None,
@@ -47,18 +50,30 @@ class Sampler(Protocol):
 
 def network_denoiser(
     net: Network,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: PredictionType,
     conditioning: Conditioning,
     dtype: torch.dtype | None = None,
 ) -> Denoiser:
     """Bind a network to its schedule, prediction type and condition.
 
-    The network sees x in `dtype` (None: as it is); the prediction has the dtype of x.
+    The network sees x in `dtype` (None: as it is); the prediction has the dtype of x. Twice the channels of x are a
+    prediction and a learned variance.
     """
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
-        raw = net(x.to(dtype or x.dtype), t.to(x.device), **conditioning).to(x.dtype)
-        return to_x0_eps(raw, x, *schedule.alpha_sigma(t, like=x), prediction_type)
+        raw, variance = split_variance(net(x.to(dtype or x.dtype), t.to(x.device), **conditioning).to(x.dtype), x)
+        return to_x0_eps(raw, x, *schedule.alpha_sigma(t, like=x), prediction_type)._replace(variance=variance)
 
     return denoise
+
+
+def unit_variance_denoiser(denoise: Denoiser, schedule: VariancePreserving) -> Denoiser:
+    """A denoiser of a process as one of its `at_unit_variance` view, which is what samplers walk along."""
+    if not isinstance(schedule, UnitVariance):
+        return denoise
+
+    def seen(x: Tensor, t: Tensor) -> Prediction:
+        return denoise(x * schedule.norm(t, like=x), t)
+
+    return seen

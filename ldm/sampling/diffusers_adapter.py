@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.process.prediction import from_x0_eps
-from ldm.process.schedule import ZERO_SNR_ALPHA_BAR, NoiseSchedule
+from ldm.process.schedule import ZERO_SNR_ALPHA_BAR, NoiseSchedule, VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser, Sampler
 
 PREFIX = "diffusers:"
@@ -48,7 +48,7 @@ def diffusers_sampler(name: str) -> Sampler:
     def sample(
         denoise: Denoiser,
         x: Tensor,
-        schedule: NoiseSchedule,
+        schedule: VariancePreserving,
         timesteps: Tensor,
         rng: Sequence[torch.Generator],
         callback: Callback | None = None,
@@ -67,7 +67,7 @@ def diffusers_sampler(name: str) -> Sampler:
                 and places[call] not in places[call + 1 :]
             ):
                 callback(len(timesteps) - 1 - int(places[call]), t, x_t, prediction)
-            v = from_x0_eps(*prediction, *schedule.alpha_sigma(t, like=x), "v_prediction")
+            v = from_x0_eps(prediction.x0, prediction.eps, *schedule.alpha_sigma(t, like=x), "v_prediction")
             x = scheduler.step(v, index, x, **drawing).prev_sample
         return x
 
@@ -82,7 +82,7 @@ def _class(name: str) -> Any:
     return getattr(diffusers, name.removeprefix(PREFIX))
 
 
-def _of_levels(scheduler_class: Any, schedule: NoiseSchedule, timesteps: Tensor) -> Any:
+def _of_levels(scheduler_class: Any, schedule: VariancePreserving, timesteps: Tensor) -> Any:
     """A scheduler whose whole table are the noise levels of `timesteps` [S], all of which it visits.
 
     So it goes exactly where it is told, from any start, however its class would space its steps (Nichol & Dhariwal
@@ -102,7 +102,7 @@ def _of_levels(scheduler_class: Any, schedule: NoiseSchedule, timesteps: Tensor)
     known = signature(scheduler_class).parameters
     scheduler = scheduler_class(**{key: value for key, value in settings.items() if key in known})
     if hasattr(scheduler, "final_alpha_cumprod"):
-        scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0].float()
+        scheduler.final_alpha_cumprod = torch.tensor(schedule.final_alpha_bar)
     if "timesteps" in signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(timesteps=list(range(len(betas)))[::-1])
     else:
@@ -110,7 +110,7 @@ def _of_levels(scheduler_class: Any, schedule: NoiseSchedule, timesteps: Tensor)
     return scheduler
 
 
-def _time(schedule: NoiseSchedule, timesteps: Tensor, index: float) -> Tensor:
+def _time(schedule: VariancePreserving, timesteps: Tensor, index: float) -> Tensor:
     """Our t, a scalar, for a place in the scheduler's table, between whose entries log-SNR is linear."""
     low = int(index)
     rising = timesteps.flip(0)

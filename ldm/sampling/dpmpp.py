@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.process.schedule import NoiseSchedule, finite_log_snr
+from ldm.process.schedule import VariancePreserving, finite_log_snr
 from ldm.sampling.denoiser import Callback, Denoiser
 
 
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,

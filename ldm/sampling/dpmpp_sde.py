@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.process.schedule import NoiseSchedule, finite_log_snr
+from ldm.process.schedule import VariancePreserving, finite_log_snr
 from ldm.sampling.denoiser import Callback, Denoiser
 from ldm.sampling.noise import randn_rows
 
@@ -15,7 +15,7 @@ from ldm.sampling.noise import randn_rows
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ldm.process.posterior import q_sample
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
 
 
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,

@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm.process.prediction import Prediction, PredictionType, to_x0_eps
-from ldm.process.schedule import NoiseSchedule
-from ldm.sampling.denoiser import Conditioning, Denoiser, Network, network_denoiser
+from ldm.process.prediction import Prediction, PredictionType, split_variance, to_x0_eps
+from ldm.process.schedule import Schedule, VariancePreserving
+from ldm.process.unit_variance import UnitVariance, at_unit_variance
+from ldm.sampling.denoiser import Conditioning, Denoiser, Network, network_denoiser, unit_variance_denoiser
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B]) -> log p(y | x_t) [B], differentiable in x_t; the class or text y is already bound."""
 
 
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """What a classifier adds: `scale` times the gradient of its log p(y | x_t) (Dhariwal & Nichol 2021, section 4)."""
+
+    log_prob: LogProb
+    scale: float
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance and what is done to its result; the defaults are the plain conditional model.
+
+    `rescale`, `interval` (in sigma / alpha), `dynamic_threshold` (a quantile) and `threshold_limit` are explained at
+    `guided_denoiser`, `interval_denoiser` and `thresholded_denoiser`; latents have about unit variance, so the limit is
+    three standard deviations.
+    """
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+    dynamic_threshold: float | None = None
+    threshold_limit: float = 3.0
+
+    def denoiser(
+        self,
+        net: Network,
+        process: Schedule,
+        prediction_type: PredictionType,
+        cond_kwargs: Conditioning,
+        uncond_kwargs: Conditioning,
+        dtype: torch.dtype | None = None,
+    ) -> Denoiser:
+        """The guided denoiser of a network of any process, along its `at_unit_variance` view.
+
+        Arguments as in `guided_denoiser`. Raises ValueError for a setting out of range.
+        """
+        view = at_unit_variance(process)
+        guided = guided_denoiser(
+            net, process, prediction_type, cond_kwargs, uncond_kwargs, self.scale, self.rescale, dtype
+        )
+        denoise = unit_variance_denoiser(guided, view)
+        if self.interval is not None:
+            plain = network_denoiser(net, process, prediction_type, cond_kwargs, dtype)
+            denoise = interval_denoiser(denoise, unit_variance_denoiser(plain, view), view, self.interval)
+        if self.dynamic_threshold is not None:
+            denoise = thresholded_denoiser(denoise, view, self.dynamic_threshold, self.threshold_limit)
+        return denoise
+
+
 def guided_denoiser(
     net: Network,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: PredictionType,
     cond_kwargs: Conditioning,
     uncond_kwargs: Conditioning,
@@ -27,7 +78,8 @@ def guided_denoiser(
 ) -> Denoiser:
     """A denoiser guided by `scale`, with both passes in one batch [unconditional, conditional] of 2B.
 
-    scale = 1 is the plain conditional model and runs that pass alone. `rescale` in [0, 1] is phi of Lin et
+    scale = 1 is the plain conditional model and runs that pass alone. A learned variance is the conditional pass's.
+    `rescale` in [0, 1] is phi of Lin et
     al. (2024), `dtype` as in `network_denoiser`. Raises ValueError for another rescale, or where the two
     conditions do not hold the same keys.
     """
@@ -39,15 +91,17 @@ def guided_denoiser(
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
         double_x, double_t = torch.cat([x, x]).to(dtype or x.dtype), torch.cat([t, t]).to(x.device)
-        uncond, cond = net(double_x, double_t, **both).to(x.dtype).chunk(2)
-        raw = rescale_to_std(guide(uncond, cond, scale), cond, rescale)
-        return to_x0_eps(raw, x, *schedule.alpha_sigma(t, like=x), prediction_type)
+        raw, variance = split_variance(net(double_x, double_t, **both).to(x.dtype), x)
+        uncond, cond = raw.chunk(2)
+        guided = rescale_to_std(guide(uncond, cond, scale), cond, rescale)
+        prediction = to_x0_eps(guided, x, *schedule.alpha_sigma(t, like=x), prediction_type)
+        return prediction._replace(variance=None if variance is None else variance.chunk(2)[1])
 
     return denoise
 
 
 def interval_denoiser(
-    inside: Denoiser, outside: Denoiser, schedule: NoiseSchedule, interval: tuple[float, float]
+    inside: Denoiser, outside: Denoiser, schedule: VariancePreserving, interval: tuple[float, float]
 ) -> Denoiser:
     """`inside` where low < sigma / alpha <= high, elsewhere `outside` (Kynkäänniemi et al. 2024).
 
@@ -67,14 +121,17 @@ def interval_denoiser(
             return inside(x, t)
         if not within.any():
             return outside(x, t)
-        pairs = zip(inside(x, t), outside(x, t), strict=True)
-        return Prediction(*(torch.where(within, a, b) for a, b in pairs))
+        a, b = inside(x, t), outside(x, t)
+        variance = None
+        if a.variance is not None and b.variance is not None:
+            variance = torch.where(within, a.variance, b.variance)
+        return Prediction(torch.where(within, a.x0, b.x0), torch.where(within, a.eps, b.eps), variance)
 
     return denoise
 
 
 def thresholded_denoiser(
-    denoise: Denoiser, schedule: NoiseSchedule, percentile: float = 0.995, limit: float = 1.0
+    denoise: Denoiser, schedule: VariancePreserving, percentile: float = 0.995, limit: float = 1.0
 ) -> Denoiser:
     """Dynamic thresholding: x0 clamped to [-s, s] and multiplied by limit / s (Saharia et al. 2022, section 2.3).
 
@@ -86,26 +143,49 @@ def thresholded_denoiser(
 
     def thresholded(x: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = schedule.alpha_sigma(t, like=x)
-        x0 = dynamic_threshold(denoise(x, t).x0, percentile, limit)
-        return Prediction(x0, (x - alpha * x0) / sigma)
+        prediction = denoise(x, t)
+        x0 = dynamic_threshold(prediction.x0, percentile, limit)
+        return prediction._replace(x0=x0, eps=(x - alpha * x0) / sigma)
 
     return thresholded
 
 
-def classifier_guided_denoiser(denoise: Denoiser, log_prob: LogProb, schedule: NoiseSchedule, scale: float) -> Denoiser:
-    """eps - scale·sigma·grad log p(y | x_t), the gradient with respect to x_t (Dhariwal & Nichol 2021, alg. 2).
+def classifier_guided_denoiser(
+    denoise: Denoiser, gradient: Callable[[Tensor, Tensor], Tensor], schedule: VariancePreserving
+) -> Denoiser:
+    """eps - sigma·gradient for any sampler (Dhariwal & Nichol 2021, algorithm 2); `gradient` is `classifier_gradient`.
 
-    In an ancestral sampler this moves the mean by scale·beta/sqrt(1 - beta)·grad, their algorithm 1. x0 follows from
-    the new eps, except at zero terminal SNR, where x_t says nothing about y and the prediction stays.
+    In an ancestral sampler this moves the mean by beta/sqrt(1 - beta)·gradient, where their algorithm 1, which
+    `ldm.sampling.ddpm` has, moves it by the step's variance times that. x0 follows from the new eps, except at zero
+    terminal SNR, where x_t says nothing about y and the prediction stays.
     """
 
     def guided(x: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = schedule.alpha_sigma(t, like=x)
-        x0, eps = denoise(x, t)
-        shift = torch.where(alpha > 0, scale * sigma * _gradient(log_prob, x, t), 0)
-        return Prediction(x0 + sigma * shift / torch.where(alpha > 0, alpha, 1), eps - shift)
+        prediction = denoise(x, t)
+        shift = torch.where(alpha > 0, sigma * gradient(x, t), 0)
+        x0 = prediction.x0 + sigma * shift / torch.where(alpha > 0, alpha, 1)
+        return prediction._replace(x0=x0, eps=prediction.eps - shift)
 
     return guided
+
+
+def classifier_gradient(
+    log_prob: LogProb, scale: float, schedule: VariancePreserving
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x_t, t) -> scale·grad log p(y | x_t), the gradient with respect to x_t.
+
+    `log_prob` sees x_t as its process has it, the gradient is that along the process' `at_unit_variance` view.
+    """
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            variable = x.detach().requires_grad_()
+            seen = variable * schedule.norm(t, like=x) if isinstance(schedule, UnitVariance) else variable
+            (gradient,) = torch.autograd.grad(log_prob(seen, t).sum(), variable)
+        return scale * gradient
+
+    return gradient
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -127,13 +207,6 @@ def dynamic_threshold(x0: Tensor, percentile: float, limit: float) -> Tensor:
     size = x0.abs().flatten(1).float().quantile(percentile, dim=1).clamp(min=limit)
     size = size.to(x0).reshape(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-size, size) * (limit / size)
-
-
-def _gradient(log_prob: LogProb, x: Tensor, t: Tensor) -> Tensor:
-    with torch.enable_grad():
-        variable = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(log_prob(variable, t).sum(), variable)
-    return gradient
 
 
 def _concatenate(first: Conditioning, second: Conditioning) -> dict[str, Tensor | None]:

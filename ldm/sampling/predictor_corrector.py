@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.process.posterior import posterior_mean, posterior_variance
 from ldm.process.prediction import Prediction
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
 from ldm.sampling.langevin import langevin_step
 from ldm.sampling.noise import randn_rows
@@ -36,7 +36,7 @@ def reverse_diffusion(
 def sample(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     timesteps: Tensor,
     rng: Sequence[torch.Generator],
     callback: Callback | None = None,

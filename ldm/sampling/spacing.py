@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ldm.process.prediction import check_choice
-from ldm.process.schedule import NoiseSchedule, finite_log_snr
+from ldm.process.schedule import VariancePreserving
 
 SigmaSpacing = Literal["karras", "exponential"]
 SIGMA_SPACINGS: tuple[SigmaSpacing, ...] = get_args(SigmaSpacing)
 
 
-def sigma_spaced_timesteps(schedule: NoiseSchedule, num_steps: int, kind: SigmaSpacing, rho: float = 7.0) -> Tensor:
-    """Continuous timesteps, float32 [num_steps], falling from T - 1 to 0, for any sampler.
+def sigma_spaced_timesteps(
+    schedule: VariancePreserving, num_steps: int, kind: SigmaSpacing, rho: float = 7.0
+) -> Tensor:
+    """Continuous timesteps, float32 [num_steps], falling between the schedule's `ends`, for any sampler.
 
     With s = sigma / alpha, "exponential" spaces log s evenly, "karras" s^(1/rho) (Karras et al. 2022, eq. 5). At
     zero terminal SNR, where s is infinite, s starts from its finite stand-in. `ldm.process.timesteps` has the
@@ -24,11 +26,11 @@ def sigma_spaced_timesteps(schedule: NoiseSchedule, num_steps: int, kind: SigmaS
     check_choice("kind", kind, SIGMA_SPACINGS)
     if num_steps < 1 or rho <= 0:
         raise ValueError(f"num_steps is {num_steps} and rho {rho}; accepted: at least 1, and above 0")
-    log_s = finite_log_snr(schedule.alphas_cumprod) / -2
+    first, last = schedule.log_snr(torch.tensor(schedule.ends, dtype=torch.float64), torch.float64) / -2
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     match kind:
         case "exponential":
-            wanted = torch.lerp(log_s[-1], log_s[0], ramp)
+            wanted = torch.lerp(first, last, ramp)
         case "karras":
-            wanted = rho * torch.lerp((log_s[-1] / rho).exp(), (log_s[0] / rho).exp(), ramp).log()
+            wanted = rho * torch.lerp((first / rho).exp(), (last / rho).exp(), ramp).log()
     return schedule.timestep_of_log_snr(-2 * wanted).float()

@@ -12,14 +12,15 @@ from autoencoder import LatentCodec
 from conditioning import Conditioning, TextEncoder
 from ldm.data.latents import LatentBatch
 from ldm.networks import UNet, uncropped
-from ldm.process import Objective
+from ldm.process import Objective, TrainingNoise, hybrid_loss
 from ldm.sampling import randn_rows
 from ldm.seeds import generator, row_uniform
 from ldm.tasks.captions import Captions
+from ldm.tasks.timesteps import TimestepDraw
 
 
 class DenoisingLoss(NamedTuple):
-    """The mean to call backward on; the loss of every example [B] and its timestep [B]."""
+    """The mean to call backward on; the loss of every example [B] before its weight in it, and its timestep [B]."""
 
     loss: Tensor
     rows: Tensor
@@ -57,12 +58,18 @@ class ConditionedUNet(nn.Module):
 
 @dataclass(frozen=True)
 class TextToImageTask:
-    """The parts of stage two, built and placed."""
+    """The parts of stage two, built and placed.
+
+    `vlb_weight` is the bound's part in the loss of a network that learns its variance, None for a fixed variance.
+    """
 
     model: nn.Module
     captions: Captions
     codec: LatentCodec
     objective: Objective
+    noise: TrainingNoise
+    timesteps: TimestepDraw
+    vlb_weight: float | None
     proportion_empty_prompts: float
     sample_posterior: bool
     seed: int
@@ -76,11 +83,14 @@ class TextToImageTask:
         """
         rows = [generator(self.seed, "noise", step, row) for row in batch.rows]
         noise = randn_rows(_latent_shape(batch), rows) if self.sample_posterior else None
-        eps = randn_rows(_latent_shape(batch), rows)
+        eps, input_eps = self.noise.draw(_latent_shape(batch), rows)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
+        t, weight = self.timesteps.draw(u)
         text = self.captions(batch.captions, self.proportion_empty_prompts, row_uniform(rows))
-        return self._denoising(batch, noise, eps, u, text)
+        losses, t = self._denoising(batch, noise, eps, input_eps, t, text)
+        self.timesteps.learn(batch.rows, t, losses)
+        return DenoisingLoss((losses * weight.to(losses)).mean(), losses.detach(), t)
 
     @torch.no_grad()
     def validation_loss(self, batch: LatentBatch, count: int) -> DenoisingLoss:
@@ -90,17 +100,28 @@ class TextToImageTask:
         """
         eps = randn_rows(_latent_shape(batch), [generator(self.seed, "validation", row) for row in batch.rows])
         u = (torch.tensor(batch.rows) + 0.5) / count
-        return self._denoising(batch, None, eps, u, self.captions(batch.captions, 0.0, torch.zeros(len(batch.rows))))
+        t = self.objective.timesteps(u)
+        text = self.captions(batch.captions, 0.0, torch.zeros(len(batch.rows)))
+        losses, t = self._denoising(batch, None, eps, eps, t, text)
+        return DenoisingLoss(losses.mean(), losses, t)
 
     def _denoising(
-        self, batch: LatentBatch, noise: Tensor | None, eps: Tensor, u: Tensor, text: Tensor | Conditioning
-    ) -> DenoisingLoss:
+        self,
+        batch: LatentBatch,
+        noise: Tensor | None,
+        eps: Tensor,
+        input_eps: Tensor,
+        t: Tensor,
+        text: Tensor | Conditioning,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of every example [B], not yet weighted for how t was drawn, and t [B] on its device."""
         device = batch.moments.device
         x0 = self.codec.from_moments(batch.moments, None if noise is None else noise.to(device))
-        noised = self.objective.noise(x0, eps.to(device), u)
-        raw = self.model(noised.x_t, noised.t, text.to(device))
-        rows = self.objective.loss(raw.float(), noised)
-        return DenoisingLoss(rows.mean(), rows.detach(), noised.t)
+        noised = self.objective.noise_at(x0, eps.to(device), t, input_eps.to(device))
+        raw = self.model(noised.x_t, noised.t, text.to(device)).float()
+        if self.vlb_weight is None:
+            return self.objective.loss(raw, noised), noised.t
+        return hybrid_loss(self.objective, raw, x0, noised, levels=None, vlb_weight=self.vlb_weight), noised.t
 
 
 def _latent_shape(batch: LatentBatch) -> tuple[int, ...]:

@@ -19,17 +19,18 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
-from ldm.config import AutoencoderTraining, ConfigError, LdmTraining, TrainingConfig
+from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, TrainingConfig
 from ldm.config_file import Launch, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
 
+AnyTraining = AutoencoderTraining | ClassifierTraining | LdmTraining
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PR_SET_PDEATHSIG = 1
 
 
-def place(config: AutoencoderTraining | LdmTraining) -> Accelerator:
+def place(config: AnyTraining) -> Accelerator:
     """The accelerator: processes, devices, precision and accumulation. On CPU everything is fp32, whatever is asked."""
     refuse_sharding()
     keep_heap()
@@ -77,7 +78,7 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def open_run(accelerator: Accelerator, config: AutoencoderTraining | LdmTraining, launch: Launch) -> RunDir:
+def open_run(accelerator: Accelerator, config: AnyTraining, launch: Launch) -> RunDir:
     """The run folder, locked and compared with the config, and its trackers; for a dry run a throw-away folder.
 
     TensorBoard writes to `logs/`, and wandb keeps its own files there. The others are given the config, of which

@@ -127,8 +127,8 @@ class TimestepLosses:
         self.sums: Tensor | None = None
 
     def add(self, loss: Tensor, t: Tensor) -> None:
-        """Counts the loss of every example [B] at its timestep [B] in [0, num_train_timesteps)."""
-        inner = torch.tensor(self.edges[1:-1], device=t.device)
+        """Counts the loss of every example [B] at its timestep [B] in [0, num_train_timesteps]."""
+        inner = torch.tensor(self.edges[1:-1], device=t.device, dtype=t.dtype)
         index = torch.bucketize(t, inner, right=True)
         counted = torch.stack([loss.detach().float(), torch.ones(len(loss), device=loss.device)])
         sums = torch.zeros(2, len(self.edges) - 1, device=loss.device).index_add_(1, index, counted)

@@ -154,7 +154,7 @@ def test_one_error_counts_alike_in_every_prediction_type(schedule: Schedule, set
         objective = Objective(schedule, prediction_type, **setting)
         noised = objective.noise_at(x0, eps, t)
         torch.testing.assert_close(noised.x_t, x_t)
-        losses.append(objective.loss(from_x0_eps(*off, alpha, sigma, prediction_type), noised))
+        losses.append(objective.loss(from_x0_eps(off.x0, off.eps, alpha, sigma, prediction_type), noised))
     for loss in losses:
         torch.testing.assert_close(loss, losses[0], atol=0, rtol=1e-5)
 

@@ -28,9 +28,9 @@ def test_every_type_converts_to_every_other_and_back(
     raw, x_t = _draw(3, 2, 4), _draw(3, 2, 5)[..., :4]
     pair = to_x0_eps(raw, x_t, alpha, sigma, first)
     torch.testing.assert_close(alpha * pair.x0 + sigma * pair.eps, x_t)
-    other = from_x0_eps(*pair, alpha, sigma, second)
+    other = from_x0_eps(pair.x0, pair.eps, alpha, sigma, second)
     again = to_x0_eps(other, x_t, alpha, sigma, second)
-    torch.testing.assert_close(from_x0_eps(*again, alpha, sigma, first), raw)
+    torch.testing.assert_close(from_x0_eps(again.x0, again.eps, alpha, sigma, first), raw)
 
 
 def test_velocity_target_is_that_of_diffusers() -> None:

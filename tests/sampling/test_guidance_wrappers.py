@@ -10,6 +10,7 @@ from ldm.process.posterior import p_mean_from_eps
 from ldm.sampling import (
     SAMPLERS,
     Denoiser,
+    classifier_gradient,
     classifier_guided_denoiser,
     guided_denoiser,
     interval_denoiser,
@@ -150,7 +151,9 @@ def _log_prob(x: Tensor, t: Tensor) -> Tensor:
 def test_the_exact_classifier_gives_the_exact_conditional_model() -> None:
     x, t = _randn(3, 2, 4, 4).double(), torch.tensor([999, 400, 2])
     with torch.no_grad():
-        guided = classifier_guided_denoiser(_gaussian(MEAN, STD), _log_prob, SCHEDULE, 1.0)(x, t)
+        guided = classifier_guided_denoiser(
+            _gaussian(MEAN, STD), classifier_gradient(_log_prob, 1.0, SCHEDULE), SCHEDULE
+        )(x, t)
     expected = POSTERIOR(x, t)
     torch.testing.assert_close(guided.x0, expected.x0)
     torch.testing.assert_close(guided.eps, expected.eps)
@@ -160,16 +163,16 @@ def test_the_exact_classifier_gives_the_exact_conditional_model() -> None:
 def test_classifier_guidance_draws_the_asked_for() -> None:
     t = sigma_spaced_timesteps(SCHEDULE, 40, "exponential")
     x = _randn(2, 1, 8, 8).double()
-    guided = classifier_guided_denoiser(_gaussian(MEAN, STD), _log_prob, SCHEDULE, 1.0)
+    guided = classifier_guided_denoiser(_gaussian(MEAN, STD), classifier_gradient(_log_prob, 1.0, SCHEDULE), SCHEDULE)
     pair = [SAMPLERS["dpmpp_2m"](denoise, x, SCHEDULE, t, []) for denoise in (guided, POSTERIOR)]
     torch.testing.assert_close(pair[0], pair[1])
 
 
-def test_the_ancestral_mean_moves_by_the_gradient_times_the_variance() -> None:
-    """mu + s·Sigma·grad (Dhariwal & Nichol 2021, algorithm 1) with Sigma = beta / sqrt(1 - beta)."""
+def test_the_ancestral_mean_moves_by_the_gradient_times_about_the_variance() -> None:
+    """By beta / sqrt(1 - beta), where algorithm 1 has the variance, beta (Dhariwal & Nichol 2021)."""
     x, t, scale = _randn(2, 1, 4, 4).double(), torch.tensor([500, 500]), 2.5
     plain = _gaussian(MEAN, STD)
-    guided = classifier_guided_denoiser(plain, _log_prob, SCHEDULE, scale)
+    guided = classifier_guided_denoiser(plain, classifier_gradient(_log_prob, scale, SCHEDULE), SCHEDULE)
     before, after = SCHEDULE.alphas_cumprod[500], SCHEDULE.alphas_cumprod[499]
     moved = p_mean_from_eps(x, guided(x, t).eps, before, after) - p_mean_from_eps(x, plain(x, t).eps, before, after)
     gradient = torch.func.grad(lambda x: _log_prob(x, t).sum())(x)
@@ -181,6 +184,7 @@ def test_pure_noise_says_nothing_about_the_class() -> None:
     schedule = SCHEDULE.rescale_zero_terminal_snr()
     x, t = _randn(2, 1, 4, 4), torch.tensor([999, 500])
     plain = Prediction(torch.full_like(x, MEAN), x)
-    guided = classifier_guided_denoiser(lambda x, t: plain, lambda x, t: x.flatten(1).sum(1), schedule, 3.0)(x, t)
+    gradient = classifier_gradient(lambda x, t: x.flatten(1).sum(1), 3.0, schedule)
+    guided = classifier_guided_denoiser(lambda x, t: plain, gradient, schedule)(x, t)
     assert torch.equal(guided.x0[0], plain.x0[0]) and torch.equal(guided.eps[0], plain.eps[0])
     assert (guided.x0[1] > plain.x0[1]).all()
