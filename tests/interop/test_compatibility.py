@@ -182,7 +182,7 @@ def really_draws(folder: Path) -> bool:
             given |= {"image": picture, "mask_image": picture.convert("L"), "strength": 1.0}
         with torch.no_grad():
             pipe(**given)
-    except (ValueError, RuntimeError, TypeError, OSError):
+    except (ValueError, RuntimeError, TypeError, OSError, AttributeError):
         return False
     return True
 

