@@ -35,15 +35,7 @@ from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
 from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, RunningStatistics, UpdateGuard
 from ldm.training.latent_scale import latent_scale
-from ldm.training.launch import (
-    batch_plan,
-    due,
-    mean_over_processes,
-    open_run,
-    parameter_count,
-    place,
-    run_command,
-)
+from ldm.training.launch import batch_plan, due, mean_over_processes, open_run, parameter_count, place, run_command
 from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import adamw, learning_rate, set_learning_rate
 from ldm.training.precision import LossScaling

@@ -45,6 +45,7 @@ from benchmarks.forked import (
 )
 from ldm.data import order
 from ldm.training import run_dir
+from ldm.training.precision import LossScaling
 from ldm.training.stop import StopSignal
 
 Patch = Callable[[], None]
@@ -92,7 +93,7 @@ def poisons() -> Iterator[tuple[str, str, Patch]]:
     task, ldm_task = train_autoencoder.AutoencoderTask, train_ldm.TextToImageTask
     for value in (float("nan"), float("inf")):
         yield "one", f"the pictures are {value}", lambda v=value: poison_argument(task, "generator_loss", "image", v)
-        yield "one", f"the encoder's gradient is {value}", lambda v=value: poison_gradient(train_autoencoder, v)
+        yield "one", f"the encoder's gradient is {value}", lambda v=value: poison_gradient(v)
         yield "one", f"the discriminator's loss is {value}", lambda v=value: poison_discriminator(task, v)
         yield "one", f"the KL is {value}", lambda v=value: poison_terms(task, "kl", v)
         yield "two", f"the loss is {value}", lambda v=value: poison_loss(ldm_task, v)
@@ -110,16 +111,16 @@ def poison_argument(task: Any, method: str, field: str, value: float) -> None:
     setattr(task, method, poisoned)
 
 
-def poison_gradient(script: Any, value: float) -> None:
-    inner, calls = script.clip, []
+def poison_gradient(value: float) -> None:
+    inner, calls = LossScaling.clip, []
 
-    def poisoned(accelerator: Any, parameters: list[Any], most: float | None) -> torch.Tensor:
+    def poisoned(self: LossScaling, optimizer: Any, parameters: list[Any], most: float | None) -> torch.Tensor:
         calls.append(len(parameters))
         if calls.count(calls[0]) == 5 and calls[-1] == calls[0]:
             parameters[3].grad.view(-1)[0] = value
-        return inner(accelerator, parameters, most)
+        return inner(self, optimizer, parameters, most)
 
-    script.clip = poisoned
+    LossScaling.clip = poisoned  # type: ignore[method-assign]
 
 
 def poison_discriminator(task: Any, value: float) -> None:
