@@ -102,7 +102,11 @@ class Inspection:
         found: Counter[tuple[int, int]] = Counter()
         for size, count in self.sizes.items():
             found[self.buckets.fit(*size)] += count
-        return {f"{width}x{height}": found[(width, height)] for width, height in self.buckets.sizes if found[(width, height)]}
+        return {
+            f"{width}x{height}": found[(width, height)]
+            for width, height in self.buckets.sizes
+            if found[(width, height)]
+        }
 
     def _tokens(self) -> dict[str, Any]:
         examples = [caption[:200] for caption, _ in self.long.most_common(EXAMPLES)]
@@ -153,7 +157,11 @@ def as_text(report: dict[str, Any], listed: int = 20) -> str:
     """The report for a person; `listed` names of each kind of unusable sample."""
     captions, sizes, tokens = report["captions"], report["sizes"], report["tokens"]
     lines = [f"{report['source']}: {report['usable']} of {report['samples']} samples can be used"]
-    for title, key in (("unreadable", "unreadable"), ("without a caption", "without_caption"), ("in no row of the metadata", "left_out")):
+    for title, key in (
+        ("unreadable", "unreadable"),
+        ("without a caption", "without_caption"),
+        ("in no row of the metadata", "left_out"),
+    ):
         if report[key]:
             lines.append(f"  {len(report[key])} {title}:")
             lines += [f"    {name}" for name in report[key][:listed]]
