@@ -157,15 +157,8 @@ def as_text(report: dict[str, Any], listed: int = 20) -> str:
     """The report for a person; `listed` names of each kind of unusable sample."""
     captions, sizes, tokens = report["captions"], report["sizes"], report["tokens"]
     lines = [f"{report['source']}: {report['usable']} of {report['samples']} samples can be used"]
-    for title, key in (
-        ("unreadable", "unreadable"),
-        ("without a caption", "without_caption"),
-        ("in no row of the metadata", "left_out"),
-    ):
-        if report[key]:
-            lines.append(f"  {len(report[key])} {title}:")
-            lines += [f"    {name}" for name in report[key][:listed]]
-            lines += [f"    and {len(report[key]) - listed} more"] * (len(report[key]) > listed)
+    for title, key in UNUSABLE.items():
+        lines += _listed(title, report[key], listed)
     lines.append(f"captions: {captions['count']}, {captions['distinct']} distinct, {captions['duplicates']} duplicates")
     lines += [f"    {count} x {caption[:100]}" for caption, count in captions["most_common"]]
     lines.append(f"duplicate pictures: {report['duplicate_pictures']}")
@@ -175,6 +168,20 @@ def as_text(report: dict[str, Any], listed: int = 20) -> str:
     lines.append(f"smaller than {sizes['resolution']}: {sizes['smaller_than_resolution']}")
     lines.append("buckets: " + ", ".join(f"{name} {count}" for name, count in report["buckets"].items()))
     lines.append(
-        f"tokens ({tokens['tokenizer']}): at most {tokens['longest']}, {tokens['over_limit']} captions over {tokens['limit']}"
+        f"tokens ({tokens['tokenizer']}): at most {tokens['longest']}, {tokens['over_limit']} captions over "
+        f"{tokens['limit']}"
     )
     return "\n".join(lines)
+
+
+UNUSABLE = {
+    "unreadable": "unreadable",
+    "without a caption": "without_caption",
+    "in no row of the metadata": "left_out",
+}
+"""What samples that cannot be used are called, and their key in the report."""
+
+
+def _listed(title: str, names: list[str], most: int) -> list[str]:
+    rest = [f"    and {len(names) - most} more"] if len(names) > most else []
+    return [f"  {len(names)} {title}:", *(f"    {name}" for name in names[:most]), *rest] if names else []

@@ -200,13 +200,14 @@ def to_example(row: dict[str, Any], columns: Columns, fallback_key: str) -> Exam
         BadImage: when the picture cannot be decoded or there is no caption.
     """
     key = _key(row, columns, fallback_key)
+    where = f"{row['__url__']}: {key}" if row.get("__url__") else key
     try:
         captions = tuple(text for column in columns.captions for text in captions_of(row.get(column)))
     except BadText as error:
-        raise BadImage(f"{key}: a caption with {error}") from error
+        raise BadImage(f"{where}: a caption with {error}") from error
     if not captions:
-        raise BadImage(f"{key}: no caption in {', '.join(columns.captions)}")
-    return Example(open_image(row.get(columns.image), key), captions, key)
+        raise BadImage(f"{where}: no caption in {', '.join(columns.captions)}")
+    return Example(open_image(row.get(columns.image), where), captions, key)
 
 
 def _key(row: dict[str, Any], columns: Columns, fallback: str) -> str:

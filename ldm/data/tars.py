@@ -52,7 +52,7 @@ def samples_of(archive: str) -> Iterator[Sample]:
     for name, part in _members(archive):
         key, extension = _split(name)
         if isinstance(part, str):
-            yield Sample(archive, key, bad=f"{archive}: {name}: {part}")
+            yield Sample(archive, key, bad=f"{archive}: {name + ': ' if name else ''}{part}")
         elif current is None or current.key != key:
             if current is not None:
                 yield current
@@ -116,10 +116,10 @@ def _first_line(error: Exception) -> str:
 
 
 def read_row(sample: Sample) -> dict[str, Any]:
-    """The row of a sample: `__key__`, and picture and caption members by their extensions; or `{BAD: reason}`."""
+    """The row of a sample: `__key__`, `__url__` (the archive), and pictures and captions; or `{BAD: reason}`."""
     if sample.bad is not None:
         return {BAD: sample.bad}
-    row: dict[str, Any] = {"__key__": sample.key}
+    row: dict[str, Any] = {"__key__": sample.key, "__url__": sample.archive}
     try:
         with open(sample.archive, "rb") as file:
             for extension, member in sample.members.items():

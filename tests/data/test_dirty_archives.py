@@ -76,7 +76,7 @@ HOSTILE: dict[str, list[tuple[tarfile.TarInfo, bytes]]] = {
     "a device": [member("x.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)],
     "a block device": [member("x.png", type=tarfile.BLKTYPE)],
     "a pipe": [member("x.png", type=tarfile.FIFOTYPE)],
-    "a name given twice": pair("good-0"),
+    "a name given twice": [*pair("x", b""), *pair("good-0")],
     "a member given twice": [*pair("x"), member("x.txt", b"another")],
     "no picture": [member("x.txt", b"a caption")],
     "no caption": [member("x.png", picture())],
@@ -108,7 +108,7 @@ def test_hostile_members_are_named_and_the_good_ones_read(tmp_path: Path, case: 
     archive = write(tmp_path / "a.tar", HOSTILE[case])
     names, reasons = read(archive)
     assert names == ["good-0", "good-1"]
-    assert reasons and all("\n" not in reason for reason in reasons)
+    assert reasons and all(reason.startswith(f"{archive}: ") and "\n" not in reason for reason in reasons)
     assert list(stream_rows([str(archive)])) == [TarRows.of([str(archive)])[i] for i in range(2 + len(reasons))]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar"]
 
@@ -121,14 +121,15 @@ def test_a_tar_that_was_cut_off_gives_what_is_whole(tmp_path: Path, part: int) -
     archive.write_bytes(archive.read_bytes()[:cut])
     names, reasons = read(archive)
     assert names == ["good-0", "x0", "x1", "x2", "x3", "good-1"][: len(names)] and len(names) < 6
-    assert cut % 512 == 0 or (reasons and "a.tar: " in reasons[-1])
+    assert reasons and all(reason.startswith(f"{archive}: ") for reason in reasons)
 
 
 @pytest.mark.parametrize("header", range(6))
 def test_a_damaged_header_ends_the_tar_by_name(tmp_path: Path, header: int) -> None:
     archive = write(tmp_path / "a.tar", pair("x"))
     data = bytearray(archive.read_bytes())
-    places = [tar.offset for tar in tarfile.open(archive).getmembers()]
+    with tarfile.open(archive) as tar:
+        places = [info.offset for info in tar.getmembers()]
     data[places[header] + 100 : places[header] + 160] = b"\xff" * 60
     archive.write_bytes(data)
     names, reasons = read(archive)
@@ -212,7 +213,7 @@ def test_captions_in_any_marked_encoding() -> None:
         assert decode("caf\u00e9 \u732b".encode(encoding)) == "caf\u00e9 \u732b"
     for mark, encoding in ((b"\xfe\xff", "utf-16-be"), (b"\0\0\xfe\xff", "utf-32-be")):
         assert decode(mark + "\u732b".encode(encoding)) == "\u732b"
-    for data in (b"caf\xe9", b"\xff\xfeab\x00", "\u732b".encode("gb18030")):
+    for data in (b"caf\xe9", b"\xff\xfeab\x00", "\u732b\u7684\u753b".encode("gb18030")):
         with pytest.raises(BadText):
             decode(data)
 
@@ -280,9 +281,7 @@ def test_pictures_in_no_row_are_counted_and_reported(tmp_path: Path, capsys: pyt
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "./a.png", "text": "a"}')
     found = folder_rows(tmp_path, "image", ["text"])
     assert [Path(p).name for p in found.left_out] == ["b.png", "d.gif", "c.jpg"]
-    with pytest.raises(ValueError, match="no examples in its split 'train'"):
-        open_source(str(tmp_path), "train", 8)
-    open_source(str(tmp_path), "validation", 8)
+    assert len(open_source(str(tmp_path), "train", 8)) == 1
     assert "warning: 3 pictures have no row in the metadata and are left out, such as" in capsys.readouterr().err
 
 
