@@ -3,9 +3,9 @@
     python benchmarks/latent_cache.py write [--pictures 20000]
     python benchmarks/latent_cache.py read [--entries 1000000]
 
-`write` encodes built-in shapes at 64 px with the bundled autoencoder. `read` makes a cache of random latents (8 x 8 x 8,
-one kilobyte each), opens it, draws a first batch, and then training batches of 32 beside training steps of a small
-U-Net. Memory is Linux's; what is written goes to a temporary folder and is deleted.
+`write` encodes built-in shapes at 64 px with the bundled autoencoder. `read` makes a cache of random latents, 8 x 8 x 8
+and so one kilobyte each, opens it, draws a first batch, and then training batches of 32 beside training steps of a
+small U-Net. Memory is Linux's; what is written goes to a temporary folder and is deleted.
 """
 
 from __future__ import annotations

@@ -6,15 +6,17 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from ldm.data.inspection import TokenCounter
     from ldm.data.sources import Source, Stream
+
+Item = TypeVar("Item")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +103,11 @@ def _open(args: argparse.Namespace, resolution: int) -> Source | Stream:
     return open_stream(args.source, args.split, columns, args.seed, shuffle_buffer=1)
 
 
+def _bar(items: Iterable[Item], total: int | None) -> Iterable[Item]:
+    """The items with a progress bar on a terminal."""
+    return tqdm(items, total=total, unit="sample", leave=False, disable=None)
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from ldm.data.buckets import Buckets
     from ldm.data.inspection import as_text, every_sample, inspect
@@ -108,7 +115,7 @@ def _inspect(args: argparse.Namespace) -> None:
     source = _open(args, args.resolution)
     buckets = Buckets(args.resolution, args.bucket_step, args.max_aspect_ratio)
     total = None if args.streaming else len(source)  # type: ignore[arg-type]
-    report = inspect(source, buckets, _tokens(args.model), tqdm(every_sample(source), total=total, unit="sample"))
+    report = inspect(source, buckets, _tokens(args.model), _bar(every_sample(source), total))
     print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else as_text(report, args.list))
 
 
@@ -162,7 +169,7 @@ def _cache(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from ldm.data.latents import LatentCache, verify_cache
 
-    with tqdm(desc="verifying", unit="shard") as bar:
+    with tqdm(desc="verifying", unit="shard", leave=False, disable=None) as bar:
         problems = verify_cache(args.cache, bar.update)
     if problems:
         raise ValueError(f"{args.cache} has {len(problems)} damaged shards: {'; '.join(problems)}")
@@ -175,7 +182,7 @@ def _export(args: argparse.Namespace) -> None:
     from ldm.data.inspection import every_sample
 
     source = _open(args, 64)
-    count, skipped = export_folder(tqdm(every_sample(source), unit="sample"), args.folder)
+    count, skipped = export_folder(_bar(every_sample(source), None), args.folder)
     print(f"{args.folder}: {count} pictures")
     for name in skipped:
         print(f"skipped {name}", file=sys.stderr)

@@ -38,15 +38,21 @@ class MappedTensors:
             raise ValueError(f"{path} is not a safetensors file")
         self.start = HEADER_SIZE + size
         self.header: dict[str, Any] = json.loads(self.map[HEADER_SIZE : self.start])
+        if not isinstance(self.header, dict):
+            raise ValueError(f"{path} is not a safetensors file")
+        self.header.pop("__metadata__", None)
         for name, entry in self.header.items():
-            self._check(path, name, entry)
+            if not self._fits(entry):
+                raise ValueError(f"{path}: tensor {name!r} does not fit into the file")
 
-    def _check(self, path: Path, name: str, entry: dict[str, Any]) -> None:
-        first, end = entry["data_offsets"]
-        kind = DTYPES.get(entry["dtype"])
-        fits = kind is not None and prod(entry["shape"]) * np.dtype(kind).itemsize == end - first
-        if not fits or first < 0 or self.start + end > len(self.map):
-            raise ValueError(f"{path}: tensor {name!r} does not fit into the file")
+    def _fits(self, entry: Any) -> bool:
+        """Whether a header's entry describes bytes that are there."""
+        try:
+            first, end = entry["data_offsets"]
+            size = prod(entry["shape"]) * np.dtype(DTYPES[entry["dtype"]]).itemsize
+            return bool(0 <= first <= end <= len(self.map) - self.start and size == end - first)
+        except (KeyError, TypeError, ValueError):
+            return False
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         entry = self.header[name]
