@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -87,21 +88,21 @@ def read(folder: Path, entries: int, batches: int) -> None:
 
 
 def synthetic(folder: Path, entries: int) -> None:
-    """A cache of random latents with a caption each."""
+    """A cache of random latents with a caption each; its shards are copies of one another."""
     write_text(folder / "settings.json", json.dumps(asdict(SETTINGS)))
-    rng = torch.Generator().manual_seed(0)
-    block = torch.randn(SHARD, 8, 8, 8, generator=rng).half()
+    block = torch.randn(SHARD, 8, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    buffer = ShardBuffer(torch.float16)
+    for row, moments in enumerate(block):
+        buffer.add([moments], f"{row:09d}", [f"a picture of number {row}"])
+    shapes, first = buffer.shapes, folder / "shard_00000.safetensors"
+    digest = write_tensors(first, buffer.tensors())
+    record = {"read": SHARD, "count": SHARD, "shapes": shapes, "sha256": digest, "bytes": first.stat().st_size}
     shards = -(-entries // SHARD)
     for number in range(shards):
-        count = min(SHARD, entries - number * SHARD)
-        buffer = ShardBuffer(torch.float16)
-        for row in range(count):
-            buffer.add([block[row]], f"{number * SHARD + row:09d}", [f"a picture of number {number * SHARD + row}"])
         path = folder / f"shard_{number:05d}.safetensors"
-        shapes = buffer.shapes
-        digest = write_tensors(path, buffer.tensors())
-        facts = {"read": count, "count": count, "shapes": shapes, "sha256": digest, "bytes": path.stat().st_size}
-        write_text(path.with_suffix(".json"), json.dumps({**facts, "shard_size": SHARD, "skipped": []}))
+        if path != first:
+            shutil.copyfile(first, path)
+        write_text(path.with_suffix(".json"), json.dumps({**record, "shard_size": SHARD, "skipped": []}))
     finish_cache(folder, shards)
 
 

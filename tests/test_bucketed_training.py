@@ -80,7 +80,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "attention_head_dim": 2,
         },
         "training": TRAINING,
-        "validation": {"steps": 4, "validation_prompts": ["picture 1"], "num_inference_steps": 1},
+        "validation": {
+            "steps": 4,
+            "num_loss_samples": 0,
+            "validation_prompts": ["picture 1"],
+            "num_inference_steps": 1,
+        },
     }
     train("train_ldm.py", two)
     return workshop

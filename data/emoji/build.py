@@ -123,18 +123,28 @@ def svg_picture(svg: str, size: int) -> Image.Image:
 
 def raster_picture(data: bytes, size: int) -> Image.Image:
     """A PNG or WebP at a size."""
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    image = squared(Image.open(io.BytesIO(data)).convert("RGBA"))
     return over_white(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS))
 
 
+def squared(image: Image.Image) -> Image.Image:
+    """A picture in the middle of a transparent square."""
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def over_white(image: Image.Image) -> Image.Image:
-    image = image.convert("RGBA")
+    """An RGBA picture in the middle of a white square."""
+    image = squared(image.convert("RGBA"))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def members(package: str, folder: str, scratch: Path) -> dict[str, bytes]:
-    """The files of a package's folder by code points."""
-    files = ((Path(name), data) for name, data in archive(package, scratch).items() if name.startswith(folder))
+    """The files of a package's folder by code points; of two for the same ones, the first by name."""
+    found = sorted(archive(package, scratch).items(), reverse=True)
+    files = ((Path(name), data) for name, data in found if name.startswith(folder))
     return {path.stem.lower().replace(VARIATION, ""): data for path, data in files}
 
 

@@ -110,7 +110,8 @@ def _bar(items: Iterable[Item], total: int | None) -> Iterable[Item]:
 
 def _inspect(args: argparse.Namespace) -> None:
     from ldm.data.buckets import Buckets
-    from ldm.data.inspection import as_text, every_sample, inspect
+    from ldm.data.inspection import as_text, inspect
+    from ldm.data.sources import every_sample
 
     source = _open(args, args.resolution)
     buckets = Buckets(args.resolution, args.bucket_step, args.max_aspect_ratio)
@@ -179,7 +180,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from ldm.data.export import export_folder
-    from ldm.data.inspection import every_sample
+    from ldm.data.sources import every_sample
 
     source = _open(args, 64)
     count, skipped = export_folder(_bar(every_sample(source), None), args.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,23 +115,11 @@ class Inspection:
 
 
 def inspect(source: Source | Stream, buckets: Buckets, tokens: TokenCounter, items: Iterable[Any]) -> dict[str, Any]:
-    """The report of a source, whose samples `items` gives (see `every_sample`)."""
+    """The report of a source, whose samples `items` gives (see `ldm.data.sources.every_sample`)."""
     inspection = Inspection(buckets, tokens)
     for item in items:
         inspection.add(item)
     return inspection.report(source.name, getattr(source, "left_out", ()))
-
-
-def every_sample(source: Source | Stream) -> Iterator[Example | BadImage]:
-    """All samples in their order, or the reasons why they cannot be used."""
-    if isinstance(source, Stream):
-        yield from (item for _, item in source.examples(shuffle=False))
-        return
-    for index in range(len(source)):
-        try:
-            yield source[index]
-        except BadImage as error:
-            yield error
 
 
 def _digest(data: bytes) -> bytes:

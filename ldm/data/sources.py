@@ -193,6 +193,18 @@ class Stream:
         return of_values([self.content(), self.columns, "stream"])
 
 
+def every_sample(source: Source | Stream) -> Iterator[Example | BadImage]:
+    """All samples in their order, or the reasons why they cannot be used."""
+    if isinstance(source, Stream):
+        yield from (item for _, item in source.examples(shuffle=False))
+        return
+    for index in range(len(source)):
+        try:
+            yield source[index]
+        except BadImage as error:
+            yield error
+
+
 def to_example(row: dict[str, Any], columns: Columns, fallback_key: str) -> Example:
     """One row of a data set -> Example.
 
