@@ -4,7 +4,7 @@
     python benchmarks/latent_cache.py read [--entries 1000000]
 
 `write` encodes built-in shapes at 64 px with the bundled autoencoder. `read` makes a cache of random latents, 8 x 8 x 8
-and so one kilobyte each, opens it, draws a first batch, and then training batches of 32 beside training steps of a
+and so one kilobyte each, opens it cold, draws a first batch, and then training batches of 32 beside training steps of a
 small U-Net. Memory is Linux's; what is written goes to a temporary folder and is deleted.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -68,6 +69,8 @@ def written(folder: Path, count: int) -> None:
 def read(folder: Path, entries: int, batches: int) -> None:
     """Opening time, and memory and time of drawing batches."""
     synthetic(folder, entries)
+    for path in folder.glob("*.safetensors"):
+        evict(path)
     before, started = memory("VmRSS"), time.perf_counter()
     cache = LatentCache(folder, SETTINGS)
     drawn = latent_batches(cache, BatchPlan(32), 0, 0, batches)
@@ -104,6 +107,13 @@ def synthetic(folder: Path, entries: int) -> None:
             shutil.copyfile(first, path)
         write_text(path.with_suffix(".json"), json.dumps({**record, "shard_size": SHARD, "skipped": []}))
     finish_cache(folder, shards)
+
+
+def evict(path: Path) -> None:
+    """Drops a file from the system's cache, so that reading it starts cold."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def entries_bytes(folder: Path) -> int:

@@ -33,6 +33,8 @@ class MappedTensors:
         """
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.map.madvise(mmap.MADV_RANDOM)  # entries are drawn in a random order: reading ahead would be in vain
         size = int.from_bytes(self.map[:HEADER_SIZE], "little")
         if size > min(len(self.map) - HEADER_SIZE, MAX_HEADER):
             raise ValueError(f"{path} is not a safetensors file")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,9 +170,7 @@ class Stream:
         self.name, self.seed, self.buffer = f"{source}:{split}", seed, shuffle_buffer
         loaded = _load(source, split, columns, streaming=True)
         self.rows, self.content, self.left_out = loaded.rows, loaded.content, loaded.left_out
-        first = itertools.islice(self.rows, FIRST_ROWS)
-        names = self.rows.column_names or list(dict.fromkeys(name for row in first for name in row))
-        self.columns = _present(names, columns, source)
+        self.columns = _present(self.rows.column_names or _first_names(self.rows, source), columns, source)
         loaded.report()
 
     def examples(self, epoch: int = 0, shuffle: bool = True) -> Iterator[tuple[int, Example | BadImage]]:
@@ -379,6 +377,14 @@ def _undecoded(rows: Any, columns: Columns) -> Any:
         if name in names:
             rows = rows.cast_column(name, ImageFeature(decode=False))
     return rows
+
+
+def _first_names(rows: Iterable[dict[str, Any]], source: str) -> list[str]:
+    """The columns of a stream that does not know them, from its first rows."""
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    if first and all(BAD in row for row in first):
+        raise ValueError(f"{source} has no usable sample among its first {len(first)}: {first[0][BAD]}")
+    return list(dict.fromkeys(name for row in first for name in row if not name.startswith("__")))
 
 
 def _present(names: Sequence[str], columns: Columns, source: str) -> Columns:

@@ -16,7 +16,6 @@ from ldm.config import (
 )
 from ldm.config_file import dump_config
 
-
 LICENCES = {
     "shapes": "Procedurally generated, no rights reserved.",
     "emoji": (

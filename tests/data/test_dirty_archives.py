@@ -140,8 +140,12 @@ def test_a_damaged_header_ends_the_tar_by_name(tmp_path: Path, header: int) -> N
 @pytest.mark.parametrize("data", [b"", b"x" * 2000, bytes(10_240), gzip.compress(bytes(2000))])
 def test_what_is_no_tar_ends_with_one_sentence(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.tar"):
-        open_source(str(tmp_path / "a.tar"), "train", 8)
+    for opened in (
+        lambda path: open_source(path, "train", 8),
+        lambda path: open_stream(path, "train", Columns(), 0, 1),
+    ):
+        with pytest.raises(ValueError, match=r"a\.tar"):
+            opened(str(tmp_path / "a.tar"))
 
 
 class Canary:
