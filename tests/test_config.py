@@ -105,8 +105,8 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("data: {max_train_samples: 0}", ["`data.max_train_samples` is 0"]),
         ("data: {buckets: {max_aspect_ratio: 0.5}}", ["`data.buckets.max_aspect_ratio` is 0.5", "at least 1"]),
         (
-            "data: {buckets: {max_aspect_ratio: 2, step: 12}}",
-            ["`data.buckets.step` is 12", "multiple of 8", "`data.resolution` 64"],
+            "data: {buckets: {max_aspect_ratio: 2, step: 128}}",
+            ["`data.buckets.step` is 128", "a multiple of", "`data.resolution` 64"],
         ),
         (
             "data: {streaming: true, source: f, buckets: {max_aspect_ratio: 2, step: 16}}",
