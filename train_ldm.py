@@ -15,6 +15,7 @@ import torch
 
 from autoencoder import Autoencoder, LatentCodec
 from ldm.build import (
+    build_data,
     build_objective,
     build_source,
     build_text_encoder,
@@ -67,16 +68,15 @@ def main() -> None:
     vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
     check_resolution(config, vae.downsample_factor)
     data, latents = (trial_data(config.data), None) if launch.dry_run else (config.data, config.latents.folder)
-    source = build_source(data, data.split, config.seed)
+    source = build_data(data, data.split, config.seed)
     skips = SkipCounter(data.max_bad_fraction)
     folder = Path(latents or run.folder / "latents")
     cache = encoded_data(source, config, vae, folder, accelerator, skips)
     if launch.dry_run:
         pictures = len(build_source(config.data, data.split, config.seed))
-        trial.mark(f"{len(source)} encoded pictures", pictures / len(source))
-    held_out = validation_latents(build_source(data, data.validation_split, config.seed), config, vae)
-    captions = (caption for known in (cache.captions[i] for i in range(len(cache))) for caption in known)
-    vocabulary = itertools.islice(captions, CAPTIONS_FOR_VOCABULARY)
+        trial.mark(f"{cache.read} encoded pictures", pictures / cache.read)
+    held_out = validation_latents(build_data(data, data.validation_split, config.seed), config, vae)
+    vocabulary = itertools.islice(itertools.chain.from_iterable(cache.captions), CAPTIONS_FOR_VOCABULARY)
     with accelerator.main_process_first():
         text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
     unet = build_unet(config, vae.latent_channels, text_encoder)

@@ -53,11 +53,13 @@ from ldm.config import (
     PretrainedTransformer,
     ScratchClip,
     TextEncoderConfig,
+    check_buckets,
 )
 from ldm.data.batches import PixelBatch, Transform, pixel_batches, stream_batches
+from ldm.data.buckets import Buckets
 from ldm.data.order import BatchPlan
 from ldm.data.pixels import stacked
-from ldm.data.sources import Columns, Source, open_source, open_stream
+from ldm.data.sources import Columns, Source, Stream, open_source, open_stream
 from ldm.data.transforms import BadImage
 from ldm.networks import LatentClassifier, UNet
 from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_vae, resolve
@@ -81,9 +83,27 @@ def build_source(config: DataConfig, split: str, seed: int) -> Source:
     )
 
 
+def build_stream(config: DataConfig, split: str, seed: int) -> Stream:
+    """The training or validation data of a config, to be read in order."""
+    source = (config.validation_source or config.source) if split == config.validation_split else config.source
+    columns = Columns(config.image_column, config.caption_columns)
+    return open_stream(source, split, columns, seed, config.shuffle_buffer)
+
+
+def build_data(config: DataConfig, split: str, seed: int) -> Source | Stream:
+    """The same with random access, or as a stream where the config says so."""
+    return build_stream(config, split, seed) if config.streaming else build_source(config, split, seed)
+
+
 def build_transform(config: DataConfig, seed: int) -> Transform:
     """Resize, crop and flip as the config says."""
-    return Transform(config.resolution, config.center_crop, config.random_flip, seed, config.min_crop)
+    buckets = build_buckets(config) if config.buckets.max_aspect_ratio > 1 else None
+    return Transform(config.resolution, config.center_crop, config.random_flip, seed, config.min_crop, buckets)
+
+
+def build_buckets(config: DataConfig) -> Buckets:
+    """The picture sizes of a config; the square alone where its largest aspect ratio is 1."""
+    return Buckets(config.resolution, config.buckets.step, config.buckets.max_aspect_ratio)
 
 
 def build_validation(config: DataConfig, seed: int) -> Tensor:
@@ -91,9 +111,7 @@ def build_validation(config: DataConfig, seed: int) -> Tensor:
     transform = Transform(config.resolution, seed=seed)
     if not config.streaming:
         return stacked(build_source(config, config.validation_split, seed), transform)
-    columns = Columns(config.image_column, config.caption_columns)
-    source = config.validation_source or config.source
-    stream = open_stream(source, config.validation_split, columns, seed, config.shuffle_buffer)
+    stream = build_stream(config, config.validation_split, seed)
     examples = (item for _, item in stream.examples(shuffle=False) if not isinstance(item, BadImage))
     limit = config.max_validation_samples
     return torch.stack([transform(item, 0, i) for i, item in enumerate(itertools.islice(examples, limit))])
@@ -105,9 +123,7 @@ def build_batches(
     """Stage one's training batches for the given optimiser steps of this process."""
     transform = build_transform(config, seed)
     if config.streaming:
-        columns = Columns(config.image_column, config.caption_columns)
-        stream = open_stream(config.source, config.split, columns, seed, config.shuffle_buffer)
-        return stream_batches(stream, transform, plan, first_step, last_step)
+        return stream_batches(build_stream(config, config.split, seed), transform, plan, first_step, last_step)
     source = build_source(config, config.split, seed)
     return pixel_batches(source, transform, plan, seed, first_step, last_step, config.dataloader_num_workers)
 
@@ -159,8 +175,7 @@ def build_bottleneck(
     """How the latents are regularised while the autoencoder trains."""
     if isinstance(vae, VQModel):
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
-    side = config.data.resolution // vae.downsample_factor
-    return GaussianBottleneck(config.loss.kl, (vae.latent_channels, side, side))
+    return GaussianBottleneck(config.loss.kl, vae.latent_channels, vae.downsample_factor)
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:
@@ -324,6 +339,7 @@ def check_resolution(config: LdmTraining, downsample_factor: int) -> None:
         ConfigError: when autoencoder and U-Net together cannot halve it often enough.
     """
     multiple = downsample_factor * 2 ** (len(config.unet.block_out_channels) - 1)
+    check_buckets(config.data, multiple)
     if config.data.resolution % multiple:
         raise ConfigError(
             f"`data.resolution` is {config.data.resolution}; this autoencoder and U-Net need a multiple of {multiple}"

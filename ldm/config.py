@@ -27,10 +27,21 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class BucketConfig:
+    """Aspect-ratio buckets: sizes in multiples of `step` of about `resolution`^2 pixels. A ratio of 1 is the square."""
+
+    step: int = 64
+    max_aspect_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "data.buckets", 1, "step", "max_aspect_ratio")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the captioned images come from and how they become tensors.
 
-    `source` is `shapes`, a folder, a `.parquet` file or glob, a `.tar` file or glob (WebDataset) or a hub id.
+    `source` is `shapes`, `emoji`, a folder, a `.parquet` file or glob, a `.tar` file or glob (WebDataset) or a hub id.
     `min_crop` is the least side of a training crop as a fraction of the picture's shorter side; see `Transform`.
     """
 
@@ -51,6 +62,7 @@ class DataConfig:
     shuffle_buffer: int = 1000
     dataloader_num_workers: int = 0
     max_bad_fraction: float = 0.01
+    buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self) -> None:
         counts = ("resolution", "max_train_samples", "max_validation_samples", "shuffle_buffer")
@@ -428,6 +440,12 @@ class AutoencoderTraining:
         self._check_pretrained()
         self._check_codebook()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
+        check_buckets(self.data, factor)
+        _require(
+            not self.data.streaming or self.data.buckets.max_aspect_ratio == 1,
+            f"`data.buckets.max_aspect_ratio` is {self.data.buckets.max_aspect_ratio} with `data.streaming` true; it "
+            "must be 1, buckets need the sizes of all pictures beforehand",
+        )
         _require(
             self.data.resolution % factor == 0,
             f"`data.resolution` is {self.data.resolution}; with {len(self.autoencoder.block_out_channels)} "
@@ -484,9 +502,8 @@ class LdmTraining:
 
     def __post_init__(self) -> None:
         _require(
-            self.data.center_crop and not self.data.streaming,
-            f"`data.center_crop` is {self.data.center_crop} and `data.streaming` {self.data.streaming}; stage two "
-            "encodes every picture once, so they must be true and false",
+            self.data.center_crop,
+            f"`data.center_crop` is {self.data.center_crop}; stage two encodes every picture once, so it must be true",
         )
         _require(
             self.data.min_crop == 1,
@@ -535,6 +552,20 @@ class ClassifierTraining:
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def check_buckets(data: DataConfig, multiple: int) -> None:
+    """Refuses bucket sizes that a network cannot halve often enough.
+
+    Raises:
+        ConfigError: when there are several buckets whose step is no multiple of `multiple`, or larger than the square.
+    """
+    step, ratio = data.buckets.step, data.buckets.max_aspect_ratio
+    _require(
+        ratio == 1 or (step % multiple == 0 and step <= data.resolution),
+        f"`data.buckets.step` is {step} with `data.buckets.max_aspect_ratio` {ratio}; it must be a multiple of "
+        f"{multiple} and at most `data.resolution` {data.resolution}",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.order import BatchPlan, Slot, slots
+from ldm.data.buckets import BucketOrder, Buckets, kinds_of
+from ldm.data.order import BatchPlan, Order, ShuffledOrder, Slot, ordered_slots
 from ldm.data.sources import Example, Source, Stream
 from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
 from ldm.seeds import seed_of
@@ -72,6 +73,8 @@ class Transform:
 
     Where `min_crop` is below one, crops are of many sizes: the side of each, as a fraction of the picture's shorter
     side, is drawn uniformly from [min_crop, 1]. No crop is smaller than `resolution` unless the picture is.
+
+    `buckets` fits every picture to the nearest of its sizes instead of the square of side `resolution`.
     """
 
     resolution: int
@@ -79,24 +82,26 @@ class Transform:
     random_flip: bool = False
     seed: int = 0
     min_crop: float = 1.0
+    buckets: Buckets | None = None
 
     def __call__(self, example: Example, epoch: int, index: int) -> Tensor:
         rng = random.Random(seed_of(self.seed, "augment", epoch, index))
         flip = self.random_flip and rng.random() < 0.5
         crop = rng.uniform(self.min_crop, 1.0) if self.min_crop < 1 else 1.0
-        return to_tensor(resize_and_crop(example.image, self.resolution, self.center_crop, flip, rng, crop))
+        size = self.buckets.fit(*example.image.size) if self.buckets else self.resolution
+        return to_tensor(resize_and_crop(example.image, size, self.center_crop, flip, rng, crop))
 
 
 class SlotDataset(Dataset[dict[str, Any]]):
     """`dataset[slot]`: the transformed sample; an unreadable one is replaced by its successor and named."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, transform: Transform, order: Order) -> None:
+        self.source, self.transform, self.order = source, transform, order
 
     def __getitem__(self, slot: Slot) -> dict[str, Any]:
         skipped: list[str] = []
         for offset in range(len(self.source)):
-            index = (slot.index + offset) % len(self.source)
+            index = self.order.successor(slot.index, offset)
             try:
                 example = self.source[index]
             except BadImage as error:
@@ -138,11 +143,16 @@ def _end_with_parent(parent: int) -> None:
 def pixel_batches(
     source: Source, transform: Transform, plan: BatchPlan, seed: int, first_step: int, last_step: int, workers: int = 0
 ) -> Iterator[PixelBatch]:
-    """This process's micro-batches for the given optimiser steps, in order, whatever the number of workers."""
-    order = slots(plan, len(source), seed, first_step, last_step)
+    """This process's micro-batches for the given optimiser steps, in order, whatever the number of workers.
+
+    With buckets, all pictures of an optimiser step are of one size; every picture's header is read first.
+    """
+    order: Order = ShuffledOrder(len(source), seed)
+    if transform.buckets:
+        order = BucketOrder(kinds_of(source, transform.buckets), seed)
     loader = DataLoader(
-        SlotDataset(source, transform),
-        batch_sampler=order,
+        SlotDataset(source, transform, order),
+        batch_sampler=ordered_slots(plan, order, first_step, last_step),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=leave_signals_to_parent,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -44,11 +45,42 @@ class BatchPlan:
         return range(start, start + self.size)
 
 
+class Order(Protocol):
+    """Which sample stands at which row of which step."""
+
+    def slot(self, step: int, row: int, global_size: int) -> Slot:
+        """The sample at `row` of optimiser step `step`."""
+        ...
+
+    def successor(self, index: int, offset: int) -> int:
+        """The sample that replaces another, which cannot be used, at the `offset`-th try."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """Epoch after epoch without a gap, each a permutation of all samples."""
+
+    num_samples: int
+    seed: int
+
+    def slot(self, step: int, row: int, global_size: int) -> Slot:
+        return slot(step, row, global_size, self.num_samples, self.seed)
+
+    def successor(self, index: int, offset: int) -> int:
+        return (index + offset) % self.num_samples
+
+
 def slots(plan: BatchPlan, num_samples: int, seed: int, first_step: int, last_step: int) -> Iterator[list[Slot]]:
     """One list of slots per micro-batch of this process, for optimiser steps `first_step` to `last_step - 1`."""
+    return ordered_slots(plan, ShuffledOrder(num_samples, seed), first_step, last_step)
+
+
+def ordered_slots(plan: BatchPlan, order: Order, first_step: int, last_step: int) -> Iterator[list[Slot]]:
+    """The same for any order."""
     for step in range(first_step, last_step):
         for micro in range(plan.accumulation):
-            yield [slot(step, row, plan.global_size, num_samples, seed) for row in plan.rows(micro)]
+            yield [order.slot(step, row, plan.global_size) for row in plan.rows(micro)]
 
 
 def slot(step: int, row: int, global_size: int, num_samples: int, seed: int) -> Slot:

@@ -1,27 +1,33 @@
-"""One reader for captioned images: built-in shapes, folders, parquet, WebDataset tars and hub data sets.
+"""One reader for captioned images: built-in shapes and emoji, folders, parquet, WebDataset tars and hub data sets.
 
-Reading is done by the Hugging Face `datasets` library; this file only decides which of its readers fits and gives
-every one of them the same face: `len(source)` and `source[i] -> Example`, or iteration for a stream.
+Parquet and hub data sets are read by the Hugging Face `datasets` library, folders and tars by `ldm.data.folders` and
+`ldm.data.tars`; this file decides which fits and gives every one of them the same face: `len(source)` and
+`source[i] -> Example`, or iteration for a stream.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
+from ldm.data.emoji import emoji_folder
+from ldm.data.fingerprint import of_files, of_values
+from ldm.data.folders import FolderRows, folder_rows
 from ldm.data.shapes import ShapesDataset
-from ldm.data.transforms import BadImage, open_image
+from ldm.data.tars import BAD, TarRows, stream_rows
+from ldm.data.text import BadText, captions_of
+from ldm.data.transforms import BadImage, image_size, open_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 HOLDOUT = 50
+FIRST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of a picture from its header."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of what the source holds, whatever its name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,36 @@ def open_source(
     """
     if source == "shapes":
         return ShapesSource(split, max_samples or 100_000, resolution, seed, shapes_per_image)
-    rows = _limit(_load(source, split, columns), max_samples)
+    loaded = _load(source, split, columns)
+    rows = _limit(loaded.rows, max_samples)
     if len(rows) == 0:
         raise ValueError(f"{source} has no examples in its split {split!r}")
     found = _present(rows.column_names, columns, source)
-    return RowSource(rows, f"{source}:{split}:{','.join([found.image, *found.captions])}", found)
+    loaded.report()
+    return RowSource(replace(loaded, rows=rows), f"{source}:{split}:{','.join([found.image, *found.captions])}", found)
 
 
 def open_stream(source: str, split: str, columns: Columns, seed: int, shuffle_buffer: int) -> Stream:
     """Opens a source for reading in order, without random access (`data.streaming`)."""
     return Stream(source, split, columns, seed, shuffle_buffer)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of a split, a hash of what they were read from, and pictures that no row names."""
+
+    rows: Any
+    content: Callable[[], str]
+    left_out: tuple[str, ...] = ()
+
+    def report(self) -> None:
+        """Says on stderr how many pictures are left out."""
+        if self.left_out:
+            print(
+                f"warning: {len(self.left_out)} pictures have no row in the metadata and are left out, such as "
+                f"{self.left_out[0]}",
+                file=sys.stderr,
+            )
 
 
 class ShapesSource:
@@ -95,36 +128,79 @@ class ShapesSource:
         row = self.data[index]
         return Example(row["image"], tuple(row["captions"]), row["key"])
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.data.resolution, self.data.resolution
+
+    def fingerprint(self) -> str:
+        return of_values([self.name, len(self)])
+
 
 class RowSource:
-    """A `datasets.Dataset` whose picture column is left encoded until it is asked for."""
+    """Rows with random access whose picture is left encoded until it is asked for."""
 
-    def __init__(self, rows: Any, name: str, columns: Columns) -> None:
-        self.rows, self.name, self.columns = rows, name, columns
+    def __init__(self, loaded: Loaded, name: str, columns: Columns) -> None:
+        self.rows, self.left_out, self.content = loaded.rows, loaded.left_out, loaded.content
+        self.name, self.columns = name, columns
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return to_example(self.rows[index], self.columns, f"{self.name}[{index}]")
+        return to_example(self._row(index), self.columns, f"{self.name}[{index}]")
+
+    def size(self, index: int) -> tuple[int, int]:
+        row, key = self._row(index), f"{self.name}[{index}]"
+        return image_size(row.get(self.columns.image), _key(row, self.columns, key))
+
+    def fingerprint(self) -> str:
+        return of_values([self.content(), self.columns, len(self)])
+
+    def _row(self, index: int) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = self.rows[index]
+        except (OSError, ValueError) as error:
+            raise BadImage(f"{self.name}[{index}]: {_first_line(error)}") from error
+        return row
 
 
 class Stream:
     """A `datasets.IterableDataset`, shuffled within a buffer by (seed, epoch), that can start at any position."""
 
     def __init__(self, source: str, split: str, columns: Columns, seed: int, shuffle_buffer: int) -> None:
-        self.name, self.columns, self.seed, self.buffer = f"{source}:{split}", columns, seed, shuffle_buffer
-        self.rows = _load(source, split, columns, streaming=True)
-        self.columns = _present(self.rows.column_names or list(next(iter(self.rows), {})), columns, source)
+        self.name, self.seed, self.buffer = f"{source}:{split}", seed, shuffle_buffer
+        loaded = _load(source, split, columns, streaming=True)
+        self.rows, self.content, self.left_out = loaded.rows, loaded.content, loaded.left_out
+        self.columns = _present(self.rows.column_names or _first_names(self.rows, source), columns, source)
+        loaded.report()
 
     def examples(self, epoch: int = 0, shuffle: bool = True) -> Iterator[tuple[int, Example | BadImage]]:
         """Position and example (or the reason why it cannot be used) of every row of one epoch."""
         rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=self.buffer) if shuffle else self.rows
         for position, row in enumerate(rows):
-            try:
-                yield position, to_example(row, self.columns, f"{self.name}[{position}]")
-            except BadImage as error:
-                yield position, error
+            yield position, self.decoded(position, row)
+
+    def decoded(self, position: int, row: dict[str, Any]) -> Example | BadImage:
+        """The example of a row, or the reason why it cannot be used."""
+        try:
+            return to_example(row, self.columns, f"{self.name}[{position}]")
+        except BadImage as error:
+            return error
+
+    def fingerprint(self) -> str:
+        """A hash of what the stream reads, whatever its name."""
+        return of_values([self.content(), self.columns, "stream"])
+
+
+def every_sample(source: Source | Stream) -> Iterator[Example | BadImage]:
+    """All samples in their order, or the reasons why they cannot be used."""
+    if isinstance(source, Stream):
+        yield from (item for _, item in source.examples(shuffle=False))
+        return
+    for index in range(len(source)):
+        try:
+            yield source[index]
+        except BadImage as error:
+            yield error
 
 
 def to_example(row: dict[str, Any], columns: Columns, fallback_key: str) -> Example:
@@ -133,55 +209,77 @@ def to_example(row: dict[str, Any], columns: Columns, fallback_key: str) -> Exam
     Raises:
         BadImage: when the picture cannot be decoded or there is no caption.
     """
-    data = row.get(columns.image)
-    path = data.get("path") if isinstance(data, dict) else None
-    key = str(row.get("__key__") or path or fallback_key)
-    captions = tuple(text for column in columns.captions for text in _texts(row.get(column)))
+    key = _key(row, columns, fallback_key)
+    where = f"{row['__url__']}: {key}" if row.get("__url__") else key
+    try:
+        captions = tuple(text for column in columns.captions for text in captions_of(row.get(column)))
+    except BadText as error:
+        raise BadImage(f"{where}: a caption with {error}") from error
     if not captions:
-        raise BadImage(f"{key}: no caption in {', '.join(columns.captions)}")
-    return Example(open_image(data, key), captions, key)
+        raise BadImage(f"{where}: no caption in {', '.join(columns.captions)}")
+    return Example(open_image(row.get(columns.image), where), captions, key)
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if isinstance(value, dict):
-        value = value.get("text") or value.get("caption")
-    values = value if isinstance(value, list) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+def _key(row: dict[str, Any], columns: Columns, fallback: str) -> str:
+    """The name of a row.
+
+    Raises:
+        BadImage: when the row holds nothing but the reason why it cannot be used.
+    """
+    if row.get(BAD):
+        raise BadImage(row[BAD])
+    data = row.get(columns.image)
+    return str(row.get("__key__") or (data.get("path") if isinstance(data, dict) else None) or fallback)
 
 
-def _load(source: str, split: str, columns: Columns, streaming: bool = False) -> Any:
+def _load(source: str, split: str, columns: Columns, streaming: bool = False) -> Loaded:
+    if source == "emoji":
+        return _load_folder(emoji_folder(), split, columns, streaming)
     path = Path(source).expanduser()
     files = sorted(glob.glob(str(path)))
     if path.is_dir():
-        rows = _load_folder(path, split, columns, streaming)
-    elif files and all(f.endswith(".parquet") for f in files):
-        rows = _held_out(_read("parquet", files, columns, streaming), source, split, streaming)
-    elif files and all(f.endswith(".tar") for f in files):
-        rows = _held_out(_read("webdataset", files, columns, streaming), source, split, streaming)
-    elif files or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (".parquet", ".tar"):
+        return _load_folder(path, split, columns, streaming)
+    for suffix in ARCHIVES:
+        if files and all(f.endswith(suffix) for f in files):
+            return _load_files(suffix, files, source, split, columns, streaming, held_out=True)
+    if files or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in ARCHIVES:
         raise ValueError(f"data.source {source!r} is neither a folder nor .parquet or .tar files")
-    else:
-        rows = _load_hub(source, split, columns, streaming)
-    return rows
+    return _load_hub(source, split, columns, streaming)
 
 
-def _load_folder(folder: Path, split: str, columns: Columns, streaming: bool) -> Any:
+def _load_folder(folder: Path, split: str, columns: Columns, streaming: bool) -> Loaded:
     if (folder / split).is_dir():
-        return _load_folder_rows(folder / split, columns, streaming)
+        return _load_pictures(folder / split, split, columns, streaming, held_out=False)
     if (folder / "train").is_dir():
         raise ValueError(_no_split(folder, split, folder / "train"))
-    for suffix, reader in ((".parquet", "parquet"), (".tar", "webdataset")):
+    for suffix in ARCHIVES:
         named = sorted(str(f) for f in folder.glob(f"{split}*{suffix}"))
         if named:
-            return _read(reader, named, columns, streaming)
+            return _load_files(suffix, named, str(folder), split, columns, streaming, held_out=False)
         if any(folder.glob(f"train*{suffix}")):
             raise ValueError(_no_split(folder, split, folder / f"train*{suffix}"))
         files = sorted(str(f) for f in folder.glob(f"*{suffix}"))
         if files:
-            return _held_out(_read(reader, files, columns, streaming), str(folder), split, streaming)
-    return _held_out(_load_folder_rows(folder, columns, streaming), str(folder), split, streaming)
+            return _load_files(suffix, files, str(folder), split, columns, streaming, held_out=True)
+    return _load_pictures(folder, split, columns, streaming, held_out=True)
+
+
+def _load_files(
+    suffix: str, files: list[str], source: str, split: str, columns: Columns, streaming: bool, held_out: bool
+) -> Loaded:
+    rows = ARCHIVES[suffix](files, columns, streaming)
+    if held_out:
+        rows = _held_out(rows, source, split, streaming)
+    return Loaded(rows, lambda: of_values([of_files(files), split, held_out]))
+
+
+def _load_pictures(folder: Path, split: str, columns: Columns, streaming: bool, held_out: bool) -> Loaded:
+    found = folder_rows(folder, columns.image, columns.captions)
+    rows = _arrow(found, columns)
+    rows = rows.to_iterable_dataset() if streaming else rows
+    if held_out:
+        rows = _held_out(rows, str(folder), split, streaming)
+    return Loaded(rows, lambda: of_values([found.fingerprint(), split, held_out]), found.left_out)
 
 
 def _no_split(folder: Path, split: str, train: Path) -> str:
@@ -191,72 +289,49 @@ def _no_split(folder: Path, split: str, train: Path) -> str:
     )
 
 
-def _load_folder_rows(folder: Path, columns: Columns, streaming: bool) -> Any:
+def _arrow(folder: FolderRows, columns: Columns) -> Any:
+    """Rows of a folder as a `datasets.Dataset`, where they take less memory; a bad one holds its reason alone."""
     from datasets import Dataset
 
-    rows = _metadata_rows(folder, columns) or _sidecar_rows(folder, columns)
-    if not rows:
-        raise ValueError(f"{folder} has no metadata.jsonl, no metadata.csv and no picture with a .txt file beside it")
-    found = _present(sorted({name for row in rows for name in row if name}), columns, str(folder))
-    captions = {name: [_texts(row.get(name)) for row in rows] for name in found.captions}
-    data = Dataset.from_dict({found.image: [row[found.image] for row in rows], **captions})
-    return _undecoded(data.to_iterable_dataset() if streaming else data, columns)
+    found = _present(folder.names, columns, str(folder.folder))
+    cells = {name: [row.get(name) for row in folder.rows] for name in (found.image, *found.captions, BAD)}
+    return _undecoded(Dataset.from_dict({n: c for n, c in cells.items() if any(v is not None for v in c)}), columns)
 
 
-def _metadata_rows(folder: Path, columns: Columns) -> list[dict[str, Any]]:
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.is_file():
-        lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
-        rows = [_json_row(line, f"{jsonl}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    elif table.is_file():
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        return []
-    if any(not isinstance(row.get("file_name"), str) for row in rows):
-        raise ValueError(f"{jsonl if jsonl.is_file() else table} has a row without file_name")
-    return [{**row, columns.image: str(folder / row["file_name"])} for row in rows]
+def _read_tars(files: list[str], columns: Columns, streaming: bool) -> Any:
+    from datasets import IterableDataset
+
+    if streaming:
+        return IterableDataset.from_generator(stream_rows, gen_kwargs={"archives": files})
+    return _refuse_all_bad(TarRows.of(files), files)
 
 
-def _json_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{where} is {row!r}; it must be an object such as {{"file_name": ..., "text": ...}}')
-    return row
+def _refuse_all_bad(rows: TarRows, files: list[str]) -> TarRows:
+    if rows.samples and all(sample.bad for sample in rows.samples):
+        raise ValueError(f"{_names(files)} cannot be read as webdataset: {rows.samples[0].bad}")
+    return rows
 
 
-def _sidecar_rows(folder: Path, columns: Columns) -> list[dict[str, Any]]:
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    pairs = [(picture, picture.with_suffix(".txt")) for picture in pictures]
-    alone = [picture for picture, text in pairs if not text.is_file()]
-    if alone and len(alone) < len(pairs):
-        print(f"{folder}: {len(alone)} of {len(pairs)} pictures have no .txt file and are left out, such as {alone[0]}")
-    return [
-        {
-            columns.image: str(picture),
-            columns.captions[0]: text.read_text(encoding="utf-8-sig", errors="replace").splitlines(),
-        }
-        for picture, text in pairs
-        if text.is_file()
-    ]
-
-
-def _read(reader: str, files: Sequence[str], columns: Columns, streaming: bool) -> Any:
+def _read_parquet(files: list[str], columns: Columns, streaming: bool) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(reader, data_files=list(files), split="train", streaming=streaming)
-    except (OSError, ValueError, DatasetsError, tarfile.TarError) as error:
-        names = files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
-        raise ValueError(f"{names} cannot be read as {reader}: {_first_line(error)}") from error
+        rows = load_dataset("parquet", data_files=list(files), split="train", streaming=streaming)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{_names(files)} cannot be read as parquet: {_first_line(error)}") from error
     return _undecoded(rows, columns)
 
 
-def _load_hub(source: str, split: str, columns: Columns, streaming: bool) -> Any:
+ARCHIVES: dict[str, Callable[[list[str], Columns, bool], Any]] = {".parquet": _read_parquet, ".tar": _read_tars}
+"""File suffix -> its reader."""
+
+
+def _names(files: Sequence[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+
+
+def _load_hub(source: str, split: str, columns: Columns, streaming: bool) -> Loaded:
     """A hub data set; one that has nothing but `train` is cut like a folder without splits."""
     from datasets import get_dataset_split_names, load_dataset
 
@@ -265,8 +340,9 @@ def _load_hub(source: str, split: str, columns: Columns, streaming: bool) -> Any
         rows = load_dataset(source, split="train" if whole else split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.source {source!r} cannot be opened: {_first_line(error)}") from error
+    described = [source, split, str(rows.info.version), rows.info.dataset_size, str(rows.features)]
     rows = _undecoded(rows, columns)
-    return _held_out(rows, source, split, streaming) if whole else rows
+    return Loaded(_held_out(rows, source, split, streaming) if whole else rows, lambda: of_values(described))
 
 
 def _first_line(error: Exception) -> str:
@@ -303,7 +379,16 @@ def _undecoded(rows: Any, columns: Columns) -> Any:
     return rows
 
 
+def _first_names(rows: Iterable[dict[str, Any]], source: str) -> list[str]:
+    """The columns of a stream that does not know them, from its first rows."""
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    if first and all(BAD in row for row in first):
+        raise ValueError(f"{source} has no usable sample among its first {len(first)}: {first[0][BAD]}")
+    return list(dict.fromkeys(name for row in first for name in row if not name.startswith("__")))
+
+
 def _present(names: Sequence[str], columns: Columns, source: str) -> Columns:
+    names = [name for name in names if name != BAD]
     images = [n for n in (columns.image, *(s[1:] for s in IMAGE_SUFFIXES)) if n in names]
     captions = tuple(n for n in columns.captions if n in names) or tuple(n for n in ("txt", "json") if n in names)
     if not images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 8192 * 8192
+MAX_ASPECT_RATIO = 50
+ORIENTATION = 0x0112
 
 
 class BadImage(ValueError):  # noqa: N818
@@ -21,31 +24,37 @@ class BadImage(ValueError):  # noqa: N818
 
 
 def open_image(data: Any, key: str) -> Image.Image:
-    """Decodes one picture to RGB over white.
+    """Decodes one picture, of an animation the first frame, to RGB over white.
 
     Args:
         data: a PIL image, a path, encoded bytes, or the `{"bytes", "path"}` of the `datasets` library.
         key: the name used in messages.
 
     Raises:
-        BadImage: when it is missing, not JPEG, PNG or WebP, larger than 100 megapixels, or damaged.
+        BadImage: when it is missing, not JPEG, PNG or WebP, larger than 8192 x 8192 pixels or more than 50 times as
+            long as wide by its header (nothing is decoded then), or damaged.
     """
-    try:
-        image = data if isinstance(data, Image.Image) else Image.open(_stream(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{key}: {image.width} x {image.height} pixels is more than {MAX_PIXELS:,}")
+    with _Explained(key):
+        image = _opened(data, key)
         return to_rgb(image)
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{key}: not a {', '.join(FORMATS)} picture") from error
-    except Exception as error:  # what Pillow raises for a damaged file depends on where the damage is
-        raise BadImage(f"{key}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def image_size(data: Any, key: str) -> tuple[int, int]:
+    """Width and height of the picture that `open_image` would give, read from its header.
+
+    Raises:
+        BadImage: as `open_image`, for what a header can tell.
+    """
+    with _Explained(key):
+        image = _opened(data, key)
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation and composites any transparency on white; 16-bit grey is scaled to 8 bits."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / 257.0).clip(0, 255).round().astype(np.uint8))
@@ -55,27 +64,59 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class _Explained:
+    """Turns whatever Pillow raises within the block into BadImage: that depends on where the damage is."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, BadImage) or not isinstance(error, Exception):
+            return
+        if isinstance(error, UnidentifiedImageError):
+            raise BadImage(f"{self.key}: not a {', '.join(FORMATS)} picture") from error
+        raise BadImage(f"{self.key}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _opened(data: Any, key: str) -> Image.Image:
+    """The picture, its header read and its size checked."""
+    image = data if isinstance(data, Image.Image) else Image.open(_stream(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{key}: {image.width} x {image.height} pixels is more than {MAX_PIXELS:,}")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise BadImage(
+            f"{key}: {image.width} x {image.height} pixels, one side over {MAX_ASPECT_RATIO} times the other"
+        )
+    return image
+
+
 def resize_and_crop(
     image: Image.Image,
-    resolution: int,
+    resolution: int | tuple[int, int],
     center_crop: bool = True,
     flip: bool = False,
     rng: random.Random | None = None,
     crop: float = 1.0,
 ) -> Image.Image:
-    """A square of `resolution` pixels: the middle, or one drawn from `rng`.
+    """A picture of the given size: the middle, or one drawn from `rng`, of the resized one (Lanczos).
 
-    Its side is the fraction `crop` of the picture's shorter side, or as much more as it takes not to enlarge it. The
-    picture is resized (Lanczos) before it is cut.
+    The cut is the fraction `crop` of the largest that fits, or as much more as it takes not to enlarge it.
+
+    Args:
+        resolution: (width, height), or the side of a square.
     """
-    scale = max(resolution, min(resolution / crop, min(image.size))) / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    cover = max(wanted / side for wanted, side in zip(size, image.size, strict=True))
+    scale = max(cover, min(cover / crop, 1.0))
+    width, height = (max(wanted, round(side * scale)) for wanted, side in zip(size, image.size, strict=True))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    x, y = (width - resolution) // 2, (height - resolution) // 2
+    x, y = (width - size[0]) // 2, (height - size[1]) // 2
     if not center_crop and rng is not None:
-        x, y = rng.randint(0, width - resolution), rng.randint(0, height - resolution)
-    image = image.crop((x, y, x + resolution, y + resolution))
+        x, y = rng.randint(0, width - size[0]), rng.randint(0, height - size[1])
+    image = image.crop((x, y, x + size[0], y + size[1]))
     return ImageOps.mirror(image) if flip else image
 
 
@@ -96,4 +137,9 @@ def _stream(data: Any) -> Any:
         data = data.get("bytes") or data.get("path")
     if data is None:
         raise ValueError("no image data")
-    return io.BytesIO(data) if isinstance(data, bytes) else Path(data)
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    path = Path(data)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a regular file")
+    return path

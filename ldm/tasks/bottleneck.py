@@ -46,16 +46,18 @@ class GaussianBottleneck:
 
     Args:
         weight: of the KL, 1e-6 in the published recipe.
-        latent_shape: (C, h, w).
+        latent_channels: C.
+        downsample_factor: by which latents are smaller than images, whatever their shape.
     """
 
     term = "kl"
 
-    def __init__(self, weight: float, latent_shape: tuple[int, ...]) -> None:
-        self.weight, self.latent_shape = weight, latent_shape
+    def __init__(self, weight: float, latent_channels: int, downsample_factor: int) -> None:
+        self.weight, self.latent_channels, self.downsample_factor = weight, latent_channels, downsample_factor
 
     def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
-        noise = randn_rows((len(rows), *self.latent_shape), rows)
+        height, width = (side // self.downsample_factor for side in image.shape[2:])
+        noise = randn_rows((len(rows), self.latent_channels, height, width), rows)
         out: Reconstruction = model(image, noise.to(image.device))
         kl = out.posterior.kl().mean()
         return Bottled(out.image, out.features, self.weight * kl if kl.requires_grad else None, {"kl": kl.detach()})

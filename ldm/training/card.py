@@ -16,6 +16,15 @@ from ldm.config import (
 )
 from ldm.config_file import dump_config
 
+LICENCES = {
+    "shapes": "Procedurally generated, no rights reserved.",
+    "emoji": (
+        "Noto Emoji, Google (Apache-2.0); Twemoji, Copyright Twitter, Inc and other contributors (CC-BY-4.0, resized); "
+        "Fluent Emoji, Microsoft (MIT)."
+    ),
+}
+"""Built-in source -> its licence, in words."""
+
 
 def autoencoder_card(config: AutoencoderTraining, vae: Autoencoder, psnr: float) -> str:
     """The card of a stage-one model."""
@@ -71,5 +80,5 @@ def _diffusers(config: LdmTraining) -> str:
 
 
 def _data(data: DataConfig) -> str:
-    licence = "Procedurally generated, no rights reserved." if data.source == "shapes" else "State its licence here."
+    licence = LICENCES.get(data.source, "State its licence here.")
     return f"## Data\n\n`{data.source}`, split `{data.split}`. {licence}"

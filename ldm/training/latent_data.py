@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from ldm.config import DataConfig, LdmTraining
 from ldm.data.batches import SkipCounter, Transform
-from ldm.data.latents import (
-    CacheSettings,
-    LatentBatch,
-    LatentCache,
-    build_cache,
-    check_settings,
-    finish_cache,
-    is_complete,
-    shard_count,
-)
-from ldm.data.sources import Source
+from ldm.data.latents import CacheSettings, LatentBatch, LatentCache
+from ldm.data.sources import Source, Stream, every_sample
 from ldm.data.transforms import BadImage
+from ldm.training.encoding import encode_source, encoder
 from ldm.training.run_dir import weights_hash
 
 TRIAL_SAMPLES = 64
@@ -33,50 +23,36 @@ TRIAL_SAMPLES = 64
 
 def trial_data(data: DataConfig) -> DataConfig:
     """Few enough samples for a dry run."""
-    return dataclasses.replace(data, max_train_samples=min(data.max_train_samples or TRIAL_SAMPLES, TRIAL_SAMPLES))
+    count = min(data.max_train_samples or TRIAL_SAMPLES, TRIAL_SAMPLES)
+    return dataclasses.replace(data, max_train_samples=count, streaming=False)
 
 
 def encoded_data(
-    source: Source, config: LdmTraining, vae: Autoencoder, folder: Path, accelerator: Accelerator, skips: SkipCounter
+    source: Source | Stream,
+    config: LdmTraining,
+    vae: Autoencoder,
+    folder: Path,
+    accelerator: Accelerator,
+    skips: SkipCounter,
 ) -> LatentCache:
     """The latent cache of the training data; encoded by all processes together unless a valid one exists."""
+    data = config.data
     settings = CacheSettings(
-        source=source.name,
-        num_samples=len(source),
-        resolution=config.data.resolution,
-        center_crop=config.data.center_crop,
-        random_flip=config.data.random_flip,
-        autoencoder=weights_hash(vae),
-        dtype=config.latents.dtype,
+        source.name,
+        source.fingerprint(),
+        data.resolution,
+        data.center_crop,
+        data.random_flip,
+        weights_hash(vae),
+        config.latents.dtype,
+        data.buckets.step,
+        data.buckets.max_aspect_ratio,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        check_settings(folder, settings)
-    if not is_complete(folder):
-        batch_size, size = config.latents.batch_size, config.latents.shard_size
-        rank, world = accelerator.process_index, accelerator.num_processes
-        with tqdm(total=len(source), desc="encoding", disable=not accelerator.is_main_process) as bar:
-            encode = _encoder(vae, batch_size)
-            build_cache(folder, source, settings, encode, batch_size, size, skips, rank, world, bar.update)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish_cache(folder, shard_count(len(source), size))
-        accelerator.wait_for_everyone()
-    return LatentCache(folder, settings)
+    sizes = config.latents.batch_size, config.latents.shard_size
+    return encode_source(source, folder, settings, vae, accelerator, *sizes, skips)
 
 
-def _encoder(vae: Autoencoder, batch_size: int) -> Callable[[Tensor], Tensor]:
-    """Pixels [N, 3, H, W] -> moments [N, 2C, h, w] on the CPU, `batch_size` at a time."""
-    device = next(vae.parameters()).device
-
-    def encode(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([vae.moments(chunk.to(device)).cpu() for chunk in torch.split(x, batch_size)])
-
-    return encode
-
-
-def validation_latents(source: Source, config: LdmTraining, vae: Autoencoder) -> LatentBatch | None:
+def validation_latents(source: Source | Stream, config: LdmTraining, vae: Autoencoder) -> LatentBatch | None:
     """The first readable pictures of a source and the first caption of each; None where the config wants none.
 
     Raises:
@@ -88,18 +64,16 @@ def validation_latents(source: Source, config: LdmTraining, vae: Autoencoder) ->
     transform = Transform(config.data.resolution, seed=config.seed)
     images: list[Tensor] = []
     captions: list[str] = []
-    for index in range(len(source)):
+    for index, item in enumerate(every_sample(source)):
         if len(images) == count:
             break
-        try:
-            example = source[index]
-            images.append(transform(example, 0, index))
-        except BadImage:
+        if isinstance(item, BadImage):
             continue
-        captions.append(example.captions[0])
+        images.append(transform(item, 0, index))
+        captions.append(item.captions[0])
     if not images:
         raise ValueError(
             f"{source.name} has no readable picture to validate on; validation.num_loss_samples 0 needs none"
         )
-    moments = _encoder(vae, config.latents.batch_size)(torch.stack(images))
+    moments = encoder(vae, config.latents.batch_size)(torch.stack(images))
     return LatentBatch(moments, tuple(captions), tuple(range(len(images))))

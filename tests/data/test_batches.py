@@ -19,11 +19,11 @@ class Ramps:
 
     name = "ramps"
 
-    def __init__(self, size: int, bad: Sequence[int] = ()) -> None:
-        self.size, self.bad = size, frozenset(bad)
+    def __init__(self, count: int, bad: Sequence[int] = ()) -> None:
+        self.count, self.bad = count, frozenset(bad)
 
     def __len__(self) -> int:
-        return self.size
+        return self.count
 
     def __getitem__(self, index: int) -> Example:
         if index in self.bad:
@@ -31,6 +31,12 @@ class Ramps:
         image = Image.new("RGB", (12, 8), (index, 0, 0))
         image.putdata([(index, 20 * x, 20 * y) for y in range(8) for x in range(12)])
         return Example(image, (f"caption {index}",), f"key {index}")
+
+    def size(self, index: int) -> tuple[int, int]:
+        return 12, 8
+
+    def fingerprint(self) -> str:
+        return f"ramps {self.count}"
 
 
 def same(a: PixelBatch, b: PixelBatch) -> bool:

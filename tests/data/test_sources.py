@@ -101,7 +101,6 @@ def test_metadata_csv_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
 def test_every_line_of_a_sidecar_is_a_caption(tmp_path: Path) -> None:
     write_folder(tmp_path / "d" / "deep", [3])
     (tmp_path / "d" / "deep" / "003.txt").write_bytes("\ufefffirst\r\n\r\n  second caf\u00e9 \n".encode())
-    (tmp_path / "d" / "uncaptioned.png").write_bytes(picture(9))
     source = open_source(str(tmp_path / "d"), "train", 8)
     assert captions(source) == [("first", "second caf\u00e9")]
 
@@ -261,9 +260,9 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path, kin
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"text": "a"}', "without file_name"),
-        ('{"file_name": "a.png"}\n{"file_name":', r"metadata\.jsonl, line 2 is not JSON"),
-        ("[1]", r"metadata\.jsonl, line 1 is \[1\]"),
+        ('{"text": "a"}', "metadata.jsonl, line 1 has no file_name"),
+        ('\n{"file_name":', r"metadata\.jsonl, line 2 is not JSON"),
+        ("[1]", r"metadata\.jsonl, line 1 is not an object"),
     ],
 )
 def test_damaged_metadata_is_named(tmp_path: Path, text: str, reason: str) -> None:

@@ -66,7 +66,7 @@ def run(accumulation: int) -> dict[str, Tensor]:
     critic = PatchDiscriminator(base_channels=4, num_layers=1, norm="group", generator=torch.Generator().manual_seed(1))
     perceptual, reduce_mean = SmallDistance(), mean_over_processes(accelerator)
     model, wrapped = accelerator.prepare(vae, critic)
-    bottleneck = GaussianBottleneck(WEIGHTS.kl, (4, 8, 8))
+    bottleneck = GaussianBottleneck(WEIGHTS.kl, 4, 2)
     penalties, state = DiscriminatorPenalties(), LossState()
     task = AutoencoderTask(model, wrapped, critic, perceptual, WEIGHTS, penalties, state, bottleneck, 0, reduce_mean)
     world = accelerator.num_processes
