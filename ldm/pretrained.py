@@ -257,11 +257,10 @@ def _check_fit(model: Model, path: Path) -> None:
     if unet.in_channels not in (channels, 2 * channels + 1):  # inpainting: latents, mask, masked picture's latents
         raise ModelError(f"{_unet_config(path)}: in_channels is {unet.in_channels}, but the {latents} is {channels}")
     learned = model.diffusion.variance_type == "learned_range"
-    if unet.out_channels != channels * (1 + learned):
+    predicted = channels * (1 + learned)
+    if unet.out_channels != predicted:
         doubled = f"double of the {latents} for its learned variance" if learned else latents
-        raise ModelError(
-            f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {doubled} is {channels * (1 + learned)}"
-        )
+        raise ModelError(f"{_unet_config(path)}: out_channels is {unet.out_channels}, but the {doubled} is {predicted}")
     contexts = {level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth}
     for key, wrong, source, wanted in (
         ("cross_attention_dim", contexts != {encoder.context_dim}, "text encoder's width", encoder.context_dim),

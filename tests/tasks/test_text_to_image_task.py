@@ -20,6 +20,7 @@ from ldm.pretrained import read_model
 from ldm.process import FlowConfig, LossHistory, hybrid_loss, offset_noise, perturbed_noise, time_shift
 from ldm.process.importance import HISTORY
 from ldm.seeds import generator
+from ldm.tasks.captions import TokenizedCaptions
 from ldm.tasks.text_to_image import DenoisingLoss, TextToImageTask
 from ldm.tasks.timesteps import ImportanceTimesteps
 
@@ -62,13 +63,12 @@ def step(tiny_model_folder: Path) -> Callable[..., tuple[TextToImageTask, Record
         objective, codec = build_objective(config), LatentCodec.from_config(model.vae)
         task = TextToImageTask(
             network,
-            model.text_encoder,
+            TokenizedCaptions(model.text_encoder),
             codec,
             objective,
             build_training_noise(config),
             build_timesteps(config, objective, lambda value: value),
             vlb_weight(config),
-            model.text_encoder.tokenize([""])[0],
             0.1,
             False,
             3,
@@ -200,9 +200,12 @@ def test_combinations_that_cannot_be_are_refused(config: Any, flags: list[str], 
         config(*flags)
 
 
-def test_a_learned_variance_needs_twice_the_channels(config: Any) -> None:
-    chosen = config("--diffusion.variance_type", "learned_range", "--unet.cross_attention_dim", "32")
+def test_a_learned_variance_needs_twice_the_channels(config: Any, tiny_model_folder: Path) -> None:
+    encoder = read_model(tiny_model_folder).text_encoder
+    chosen = config(
+        "--diffusion.variance_type", "learned_range", "--unet.cross_attention_dim", str(encoder.context_dim)
+    )
     with pytest.raises(ConfigError, match=r"`unet\.out_channels` is 4, but the double of .* is 8"):
-        build_unet(chosen, 4, 32)
+        build_unet(chosen, 4, encoder)
     small = dataclasses.replace(chosen.unet, block_out_channels=(32, 32, 32, 32), out_channels=8)
-    assert build_unet(dataclasses.replace(chosen, unet=small), 4, 32).config.out_channels == 8
+    assert build_unet(dataclasses.replace(chosen, unet=small), 4, encoder).config.out_channels == 8
