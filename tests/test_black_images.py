@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import AutoencoderKL, LatentCodec
+from autoencoder.codec import whole_decode
 from ldm import TextToImage
 from ldm.cli import generate
 
@@ -43,7 +44,7 @@ def test_a_picture_that_overflows_in_half_precision_is_decoded_in_float32(
     seen = overflow_in_half(pipe.model.vae, value, monkeypatch)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        image = pipe._decode(z)
+        image = pipe._decode(z, whole_decode)
         assert seen == [torch.bfloat16, torch.float32]
         whole = LatentCodec.from_config(copy.deepcopy(pipe.model.vae).float())
         assert torch.equal(image, whole.decode(z)) and image.std() > 0.05
@@ -64,7 +65,7 @@ def test_weights_that_are_not_finite_are_an_error_and_never_a_picture(tiny_model
 def test_the_command_ends_with_one_sentence_and_writes_nothing(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(LatentCodec, "decode", lambda self, z: torch.full((1, 3, 32, 32), float("nan")))
+    monkeypatch.setattr(LatentCodec, "decode", lambda self, z, *_: torch.full((1, 3, 32, 32), float("nan")))
     out = tmp_path / "out.png"
     argv = ["ldm-generate", "-p", PROMPT, "-m", str(tiny_model_folder), "-o", str(out), "--steps", "1"]
     monkeypatch.setattr(sys, "argv", argv)

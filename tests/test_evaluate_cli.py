@@ -120,7 +120,7 @@ def test_the_seed_chooses_the_shapes(tiny_model_folder: Path) -> None:
         ([*PLAIN, "--output", "report.png"], "--output is report.png; it must be a .json file"),
         ([*PLAIN, "--device", "abacus"], "--device abacus cannot be used here"),
         ([*PLAIN, "--data", "./absent"], "'./absent' is neither a folder nor"),
-        ([*PLAIN, "--model", "./absent"], "absent is not a model folder"),
+        ([*PLAIN, "--model", "./absent"], "absent is no model folder or file here"),
         ([*PLAIN[:2], "--perceptual", "mse"], "--perceptual mse: not one of efficientnet_lite0"),
         ([*PLAIN[:2], "--features", "resnet"], "--features resnet: not one of efficientnet_lite0"),
         ([*PLAIN[:2], "--features", "inception"], "--features inception: `weights` must be a local copy"),

@@ -26,7 +26,7 @@ from conditioning import (
     TransformersTextEncoder,
 )
 from ldm import TextToImage
-from ldm.build import build_objective, build_text_encoder, build_unet
+from ldm.build import build_objective, build_text_encoder, build_training_noise, build_unet
 from ldm.config import (
     ConfigError,
     DualClip,
@@ -46,6 +46,7 @@ from ldm.pretrained import Model, read_model, read_vae, write_model
 from ldm.process import DiffusionConfig
 from ldm.tasks.captions import CachedCaptions, Captions, TokenizedCaptions
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
+from ldm.tasks.timesteps import FixedTimesteps
 
 TEXTS = ["a red circle", "a small blue square above a large green star", "a red circle", "two"]
 SETTINGS = {"sampler": "ddim", "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -128,7 +129,9 @@ def batch() -> LatentBatch:
 
 
 def task_of(network: ConditionedUNet, source: Captions, config: LdmTraining, vae: Any) -> TextToImageTask:
-    return TextToImageTask(network, source, LatentCodec.from_config(vae), build_objective(config), 0.4, True, 0)
+    objective, codec = build_objective(config), LatentCodec.from_config(vae)
+    noise, timesteps = build_training_noise(config), FixedTimesteps(objective)
+    return TextToImageTask(network, source, codec, objective, noise, timesteps, None, 0.4, True, 0)
 
 
 def loss_of(task: TextToImageTask, step: int) -> Tensor:

@@ -49,7 +49,7 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "mask": (str, type(None)),
     "prompt_syntax": (str,),
 }
-"""What the `ldm` text chunk of a PNG holds, besides `options.STORED_KINDS`."""
+"""What the `ldm` text chunk of a PNG holds, besides `options.STORED_KINDS`; what a file lacks has its default."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,12 +315,12 @@ def _stored(png: str) -> dict[str, Any]:
         with Image.open(png, formats=("PNG",)) as image:
             image.load()
             found = json.loads(getattr(image, "text", {})["ldm"])
-        stored = {key: found[key] for key in STORED_KINDS}
-        stored |= {key: found[key] for key in options.STORED_KINDS if key in found}
+        kinds = {**STORED_KINDS, **options.STORED_KINDS}
+        stored = {key: found[key] for key in kinds if key in found or key in ("prompt", "seed")}
     except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--from-image {png} is not a PNG made by ldm-generate") from error
     for key, value in stored.items():
-        if not isinstance(value, {**STORED_KINDS, **options.STORED_KINDS}[key]):
+        if not isinstance(value, kinds[key]):
             raise ValueError(f"--from-image {png} holds {key} {value!r}, which ldm-generate does not write")
     return stored
 

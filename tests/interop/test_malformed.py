@@ -133,7 +133,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "unknown key": (config("unet/config.json", widht=3), "`widht` is not a key of a U-Net config"),
     "scale of zero": (config("vae/config.json", scaling_factor=0), "scaling_factor"),
     "betas fall": (config("scheduler/scheduler_config.json", beta_start=0.5), "beta_start is 0.5"),
-    "trained betas": (config("scheduler/scheduler_config.json", trained_betas=[0.1]), "trained_betas is [0.1]"),
+    "trained betas": (config("scheduler/scheduler_config.json", trained_betas=[0.1]), "trained_betas has 1 values"),
     "settings are a list": (content("ldm.json", b"[]"), "ldm.json holds list"),
     "pickled U-Net": (as_pickle(UNET), "diffusion_pytorch_model.bin is a pickle, which can run code"),
     "pickled code": (as_pickle(UNET, Alarm()), "diffusion_pytorch_model.bin is a pickle, which can run code"),
