@@ -81,7 +81,7 @@ def our_gradients(parts: Parts) -> Callable[[int], None]:
         WEIGHTS,
         DiscriminatorPenalties(),
         LossState(),
-        GaussianBottleneck(WEIGHTS.kl, parts.latent_shape),
+        GaussianBottleneck(WEIGHTS.kl, parts.latent_shape[0], parts.vae.downsample_factor),
         0,
         lambda value: value,
     )
