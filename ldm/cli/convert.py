@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.exits import exit_codes
+
 if TYPE_CHECKING:
     from ldm.interop.checkpoint import Checkpoint
     from ldm.interop.compatibility import Description, Verdict
@@ -52,13 +54,8 @@ def run(argv: Sequence[str]) -> str:
 
 def main() -> None:
     """Entry point: exit code 2 and one sentence on bad input, 130 when interrupted."""
-    try:
+    with exit_codes():
         print(run(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _convert(args: argparse.Namespace) -> list[Path]:

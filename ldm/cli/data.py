@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from ldm.cli.exits import exit_codes
+
 if TYPE_CHECKING:
     from ldm.data.inspection import TokenCounter
     from ldm.data.sources import Source, Stream
@@ -63,13 +65,8 @@ def _with_source(commands: argparse._SubParsersAction, name: str, text: str) -> 
 
 def main() -> None:
     """Entry point: exit code 2 and one sentence on bad input, 130 when interrupted."""
-    try:
+    with exit_codes():
         run(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def run(argv: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.cli.device import usable_device
+from ldm.cli.exits import exit_codes
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point: exit code 2 and one sentence on bad input, 130 when interrupted."""
-    try:
+    with exit_codes():
         run(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:

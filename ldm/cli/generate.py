@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import options
 from ldm.cli.device import usable_device
+from ldm.cli.exits import exit_codes
 
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
@@ -141,13 +142,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 on bad input, 1 for values not finite; 130 when interrupted."""
-    try:
+    with exit_codes():
         result = run(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     if "--json" in sys.argv:
         print(json.dumps(result))
     else:
