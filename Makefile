@@ -25,8 +25,9 @@ demo: $(DONE)
 	@echo "Pictures: outputs/demo/grid.png"
 	@echo "To train the same model from scratch: make train"
 
+# A worker per core with one thread each (the list "1,1" is one thread that the trainings under test keep, too).
 test: $(DONE)
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1,1 $(RUN)/python -m pytest -n auto --dist worksteal
 
 check: $(DONE)
 	$(RUN)/ruff check .

@@ -24,7 +24,7 @@ from ldm.build import (
     build_validation,
 )
 from ldm.config import AutoencoderTraining
-from ldm.config_file import dump_config, parse_command_line
+from ldm.config.file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.order import BatchPlan
 from ldm.evaluation.reconstruction import mean_psnr

@@ -13,7 +13,7 @@ import torch
 from autoencoder import LatentCodec
 from ldm.build import build_classifier
 from ldm.config import ClassifierTraining, ConfigError
-from ldm.config_file import dump_config, parse_command_line
+from ldm.config.file import dump_config, parse_command_line
 from ldm.data.latent_batches import latent_batches
 from ldm.data.latents import LatentCache
 from ldm.pretrained import read_diffusion, read_vae, resolve

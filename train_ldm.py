@@ -26,7 +26,7 @@ from ldm.build import (
     vlb_weight,
 )
 from ldm.config import LdmTraining
-from ldm.config_file import dump_config, parse_command_line
+from ldm.config.file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
 from ldm.data.latent_batches import latent_batches
 from ldm.pretrained import Model, read_vae, resolve, write_model

@@ -40,7 +40,7 @@ from ldm.build import (
     build_validation,
 )
 from ldm.config import AutoencoderTraining
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 from ldm.data.batches import PixelBatch
 from ldm.data.order import permutation
 from ldm.data.pixels import stacked

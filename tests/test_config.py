@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, PretrainedClip, ScratchClip
-from ldm.config_file import differences, dump_config, flat_settings, load_config, parse_command_line
+from ldm.config.file import differences, dump_config, flat_settings, load_config, parse_command_line
 
 STAGE_ONE = "output_dir: out\n"
 STAGE_TWO = "output_dir: out\nautoencoder: vae\n"

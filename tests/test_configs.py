@@ -22,7 +22,7 @@ from ldm.build import (
     check_resolution,
 )
 from ldm.config import AutoencoderTraining, ClassifierTraining, LdmTraining, ScratchClip
-from ldm.config_file import dump_config, load_config
+from ldm.config.file import dump_config, load_config
 from ldm.data.order import BatchPlan
 from ldm.networks import UNet
 from ldm.tasks.autoencoder import AutoencoderTask

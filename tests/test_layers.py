@@ -15,7 +15,7 @@ LAYERS = {
     1: ("autoencoder", "conditioning", "ldm.process", "ldm.networks", "ldm.seeds"),
     2: ("ldm.sampling", "ldm.adapters", "ldm.data", "ldm.interop"),
     3: ("ldm.tasks", "ldm.pipeline", "ldm.pretrained", "ldm.single_file"),
-    4: ("ldm.config", "ldm.config_file", "ldm.build", "ldm.training", "ldm.evaluation"),
+    4: ("ldm.config", "ldm.build", "ldm.training", "ldm.evaluation"),
     5: ("ldm", "ldm.cli", "ldm.serving", "train_autoencoder", "train_classifier", "train_ldm"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
@@ -23,9 +23,7 @@ NEIGHBOURS = {
     ("ldm.pipeline", "ldm.pretrained"),
     ("ldm.pretrained", "ldm.single_file"),
     ("ldm.build", "ldm.config"),
-    ("ldm.config_file", "ldm.config"),
     ("ldm.training", "ldm.config"),
-    ("ldm.training", "ldm.config_file"),
     ("ldm.training", "ldm.evaluation"),
     ("ldm", "ldm.pipeline"),
 }

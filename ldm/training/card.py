@@ -14,7 +14,7 @@ from ldm.config import (
     PretrainedT5,
     PretrainedTransformer,
 )
-from ldm.config_file import dump_config
+from ldm.config.file import dump_config
 
 LICENCES = {
     "shapes": "Procedurally generated, no rights reserved.",

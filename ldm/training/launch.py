@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, TrainingConfig
-from ldm.config_file import Launch, dump_config, flat_settings
+from ldm.config.file import Launch, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config import ConfigError
-from ldm.config_file import Launch, differences
+from ldm.config.file import Launch, differences
 
 State = dict[str, Any]
 FORMAT = 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ldm.config import AutoencoderTraining, LdmTraining, ScratchClip
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 from ldm.interop.compatibility import Description, verdicts
 from ldm.interop.families import VIT_L
 from ldm.networks import UNet

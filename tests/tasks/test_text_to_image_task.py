@@ -14,7 +14,7 @@ from torch import Tensor
 from autoencoder import LatentCodec
 from ldm.build import build_objective, build_timesteps, build_training_noise, build_unet, vlb_weight
 from ldm.config import ConfigError, LdmTraining
-from ldm.config_file import dump_config, load_config
+from ldm.config.file import dump_config, load_config
 from ldm.data.latents import LatentBatch
 from ldm.pretrained import read_model
 from ldm.process import FlowConfig, LossHistory, hybrid_loss, offset_noise, perturbed_noise, time_shift

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
 
 from ldm.config import AutoencoderTraining, ConfigError, TrainingConfig
-from ldm.config_file import Launch
+from ldm.config.file import Launch
 from ldm.training import launch, log
 from ldm.training.log import TimestepLosses, TrainingLog, forget_after
 

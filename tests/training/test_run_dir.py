@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, OptimizerConfig
-from ldm.config_file import Launch
+from ldm.config.file import Launch
 from ldm.training.optim import adamw
 from ldm.training.run_dir import DamagedState, RunDir, read_state, weights_hash, write_state
 

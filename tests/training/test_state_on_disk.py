@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config_file import Launch
+from ldm.config.file import Launch
 from ldm.training import run_dir
 from ldm.training.run_dir import RunDir, is_intact, size_in_bytes
 
@@ -190,7 +190,7 @@ def test_a_workers_copy_of_the_lock_does_not_keep_a_killed_run_locked(tmp_path: 
     """A forked data-loading worker may outlive its killed parent; the next start must not be refused for it."""
     code = (
         "import os, sys, time, signal\n"
-        "from ldm.config_file import Launch\n"
+        "from ldm.config.file import Launch\n"
         "from ldm.training.run_dir import RunDir\n"
         "run = RunDir(sys.argv[1])\n"
         "run.prepare('a: 1\\n', Launch('auto', False, False))\n"

@@ -1,0 +1,58 @@
+"""Training configurations: frozen dataclasses, and what each refuses. `ldm.config.file` fills them from YAML."""
+
+from ldm.config.classifier import ClassifierTraining
+from ldm.config.common import (
+    TRACKERS,
+    BucketConfig,
+    ConfigError,
+    DataConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    check_buckets,
+)
+from ldm.config.stage_one import (
+    AutoencoderLossConfig,
+    AutoencoderTraining,
+    CodebookConfig,
+    DiscriminatorConfig,
+    PerceptualConfig,
+    ReconstructionValidation,
+)
+from ldm.config.stage_two import LatentCacheConfig, LdmTraining, ObjectiveConfig, SampleValidation
+from ldm.config.text_encoders import (
+    DualClip,
+    OpenClip,
+    PretrainedClip,
+    PretrainedT5,
+    PretrainedTransformer,
+    ScratchClip,
+    TextEncoderConfig,
+)
+
+__all__ = [
+    "TRACKERS",
+    "AutoencoderLossConfig",
+    "AutoencoderTraining",
+    "BucketConfig",
+    "ClassifierTraining",
+    "CodebookConfig",
+    "ConfigError",
+    "DataConfig",
+    "DiscriminatorConfig",
+    "DualClip",
+    "LatentCacheConfig",
+    "LdmTraining",
+    "ObjectiveConfig",
+    "OpenClip",
+    "OptimizerConfig",
+    "PerceptualConfig",
+    "PretrainedClip",
+    "PretrainedT5",
+    "PretrainedTransformer",
+    "ReconstructionValidation",
+    "SampleValidation",
+    "ScratchClip",
+    "TextEncoderConfig",
+    "TrainingConfig",
+    "check_buckets",
+]

@@ -1,0 +1,177 @@
+"""The configuration of `train_autoencoder.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal
+
+from autoencoder import AutoencoderConfig
+from ldm.config.common import (
+    DataConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    check_buckets,
+    require,
+    require_at_least,
+    require_positive,
+)
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """Which frozen network measures perceptual distance; `weights` is a local file for LPIPS backbones."""
+
+    type: Literal["efficientnet_lite0", "lpips_vgg", "lpips_alex", "lpips_squeeze", "none"] = "lpips_vgg"
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the stage-one loss; defaults are latent-diffusion's (Rombach et al. 2022, appendix G).
+
+    `logvar_init` is the log-variance of the output, which stays as it is unless `learn_logvar`.
+    """
+
+    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
+    perceptual: float = 1.0
+    kl: float = 1e-6
+    discriminator: float = 0.5
+    discriminator_start: int = 50_001
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    learn_logvar: bool = False
+    logvar_init: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "loss", 0, "perceptual", "kl", "discriminator", "discriminator_start")
+        require(isfinite(self.logvar_init), f"`loss.logvar_init` is {self.logvar_init}; it must be a finite number")
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The patch discriminator, its own learning rate as a multiple of the autoencoder's, and its regularisers.
+
+    `r1` and `lecam` are weights, 0 switches one off; R1 is computed at every `r1_every`-th step.
+    """
+
+    num_layers: int = 3
+    base_channels: int = 64
+    norm: Literal["batch", "group", "act", "none"] = "batch"
+    spectral_norm: bool = False
+    learning_rate_ratio: float = 1.0
+    r1: float = 0.0
+    r1_every: int = 16
+    lecam: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "discriminator", 1, "num_layers", "base_channels", "r1_every")
+        require_at_least(self, "discriminator", 0, "r1", "lecam")
+        require_positive(self, "discriminator", "learning_rate_ratio")
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """The codebook of a vector-quantised autoencoder; `num_vq_embeddings` null trains a KL-regularised one instead.
+
+    `vq_embed_dim` null: as many entries a code as `autoencoder.latent_channels`. `update` is how the codebook learns,
+    by the gradient of its loss or as moving averages with `decay`. `weight` is that of codebook and commitment loss
+    together, `commitment` the factor of the second; the defaults are latent-diffusion's.
+    """
+
+    num_vq_embeddings: int | None = None
+    vq_embed_dim: int | None = None
+    weight: float = 1.0
+    commitment: float = 0.25
+    update: Literal["loss", "ema"] = "loss"
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "codebook", 1, "num_vq_embeddings", "vq_embed_dim")
+        require_at_least(self, "codebook", 0, "weight", "commitment")
+        require(0 <= self.decay < 1, f"`codebook.decay` is {self.decay}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ReconstructionValidation:
+    """A grid of originals above reconstructions, and PSNR, every `steps`."""
+
+    steps: int = 500
+    num_images: int = 16
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "validation", 1, "steps", "num_images")
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining:
+    """Everything `train_autoencoder.py` needs. `scaling_factor` null: measured on the data at the end.
+
+    `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
+    `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
+    alone. With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
+    """
+
+    output_dir: str
+    seed: int = 0
+    pretrained: str | None = None
+    freeze_encoder: bool = False
+    scaling_factor: float | None = None
+    statistics_samples: int = 2048
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ReconstructionValidation = field(default_factory=ReconstructionValidation)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "", 1, "statistics_samples")
+        require_positive(self, "", "scaling_factor")
+        require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
+        self._check_pretrained()
+        self._check_codebook()
+        factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
+        check_buckets(self.data, factor)
+        require(
+            not self.data.streaming or self.data.buckets.max_aspect_ratio == 1,
+            f"`data.buckets.max_aspect_ratio` is {self.data.buckets.max_aspect_ratio} with `data.streaming` true; it "
+            "must be 1, buckets need the sizes of all pictures beforehand",
+        )
+        require(
+            self.data.resolution % factor == 0,
+            f"`data.resolution` is {self.data.resolution}; with {len(self.autoencoder.block_out_channels)} "
+            f"`autoencoder.block_out_channels` it must be a multiple of {factor}",
+        )
+
+    def _check_codebook(self) -> None:
+        codes, shape, plain = self.codebook.num_vq_embeddings, self.autoencoder, AutoencoderConfig()
+        require(
+            self.pretrained is None or codes is None,
+            f"`codebook.num_vq_embeddings` is {codes} and `pretrained` {self.pretrained!r}; it must be null, a "
+            "pretrained model brings its own codebook or has none",
+        )
+        for name in ("shift_factor", "latents_mean", "latents_std", "use_quant_conv", "use_post_quant_conv"):
+            require(
+                codes is None or getattr(shape, name) == getattr(plain, name),
+                f"`autoencoder.{name}` is {getattr(shape, name)} with `codebook.num_vq_embeddings` {codes}; it must be "
+                f"{getattr(plain, name)}, a VQModel has no such choice",
+            )
+
+    def _check_pretrained(self) -> None:
+        require(
+            self.pretrained is None or self.autoencoder == AutoencoderConfig(),
+            f"`pretrained` is {self.pretrained!r} and there is an `autoencoder` section; give one of the two, a "
+            "pretrained model brings its own config",
+        )
+        require(
+            self.pretrained is not None or not self.freeze_encoder,
+            "`freeze_encoder` is true and `pretrained` null; a new encoder must be trained, so it must be false",
+        )
+        require(
+            self.scaling_factor is None or not self.freeze_encoder,
+            f"`scaling_factor` is {self.scaling_factor} and `freeze_encoder` true; it must be null, the pretrained "
+            "model's scale is kept",
+        )
