@@ -181,12 +181,18 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> Non
     if "fingerprint" in wanted:
         changed = [line for line in changed if not line.startswith(("source ", "fingerprint "))]
         if found.get("fingerprint") != wanted["fingerprint"]:
-            changed.insert(0, f"the data were those of {found.get('source')!r}, are now those of {wanted['source']!r}")
+            changed.insert(0, _data_changed(found.get("source"), wanted["source"]))
     if changed:
         raise StaleCache(
             f"The latents in {folder} were made from something else ({'; '.join(changed)}); delete that folder or "
             "choose another one (latents.folder)"
         )
+
+
+def _data_changed(found: str | None, wanted: str) -> str:
+    if found == wanted:
+        return f"the pictures or captions of {wanted!r} have changed"
+    return f"the data were those of {found!r}, are now those of {wanted!r}"
 
 
 def finish_cache(folder: Path, num_shards: int) -> None:
