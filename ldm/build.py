@@ -372,7 +372,7 @@ def build_timesteps(config: LdmTraining, objective: Objective, gather: Callable[
     """How timesteps are drawn; `gather` concatenates over all processes."""
     match config.objective.timestep_sampling:
         case "uniform" | "logit_normal":
-            return FixedTimesteps(objective)
+            return FixedTimesteps(objective, config.objective.curriculum_steps, config.objective.curriculum_start)
         case "importance":
             return ImportanceTimesteps(config.diffusion.num_train_timesteps, gather)
 

@@ -151,6 +151,11 @@ def test_an_impossible_value_or_combination_is_refused(tmp_path: Path, text: str
         ("validation: {sampler: dim}", ["`validation.sampler` is 'dim'", "ddim"]),
         ("validation: {num_inference_steps: 2000}", ["`validation.num_inference_steps` is 2000", "1000"]),
         ("objective: {proportion_empty_prompts: 2}", ["`objective.proportion_empty_prompts` is 2.0"]),
+        ("objective: {curriculum_start: 1.5}", ["`objective.curriculum_start` is 1.5", "(0, 1]"]),
+        (
+            "objective: {curriculum_steps: 5, timestep_sampling: importance}",
+            ["`objective.curriculum_steps` is 5", "must be 0"],
+        ),
         ("objective: {snr_gamma: -1}", ["`objective.snr_gamma` is -1.0"]),
         ("latents: {shard_size: 0}", ["`latents.shard_size` is 0"]),
         ("unet: {block_out_channels: [32, 64]}", ["`unet`", "`down_block_types`", "2 entries"]),

@@ -52,7 +52,8 @@ class ObjectiveConfig:
 
     `snr_gamma` is Min-SNR's and excludes another `weighting`; `p2_gamma` and `p2_k` belong to `p2`. `time_shift` above
     1 trains the noisy timesteps more, `noise_offset` and `input_perturbation` are strengths of `ldm.process.noise`, and
-    `vlb_weight` belongs to `diffusion.variance_type` learned_range.
+    `vlb_weight` belongs to `diffusion.variance_type` learned_range. In the first `curriculum_steps` only the noisiest
+    part of the timesteps is drawn, growing from `curriculum_start` to all of them; see `ldm.tasks.timesteps`.
     """
 
     snr_gamma: float | None = None
@@ -63,14 +64,22 @@ class ObjectiveConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     time_shift: float = 1.0
+    curriculum_steps: int = 0
+    curriculum_start: float = 0.02
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     vlb_weight: float = 0.001
     proportion_empty_prompts: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self, "objective", "snr_gamma", "logit_std", "p2_gamma", "p2_k", "time_shift")
-        require_at_least(self, "objective", 0, "noise_offset", "input_perturbation", "vlb_weight")
+        require_positive(
+            self, "objective", "snr_gamma", "logit_std", "p2_gamma", "p2_k", "time_shift", "curriculum_start"
+        )
+        require_at_least(self, "objective", 0, "noise_offset", "input_perturbation", "vlb_weight", "curriculum_steps")
+        require(
+            self.curriculum_start <= 1,
+            f"`objective.curriculum_start` is {self.curriculum_start}; it must lie in (0, 1], a part of the timesteps",
+        )
         require(
             self.snr_gamma is None or self.weighting == "none",
             f"`objective.weighting` is {self.weighting} with `objective.snr_gamma` {self.snr_gamma}; it must be none, "
@@ -80,6 +89,11 @@ class ObjectiveConfig:
             self.timestep_sampling != "importance" or self.time_shift == 1,
             f"`objective.time_shift` is {self.time_shift} with `objective.timestep_sampling` importance; it must be 1, "
             "importance sampling finds its own timesteps",
+        )
+        require(
+            self.timestep_sampling != "importance" or self.curriculum_steps == 0,
+            f"`objective.curriculum_steps` is {self.curriculum_steps} with `objective.timestep_sampling` importance; "
+            "it must be 0, importance sampling finds its own timesteps",
         )
         require(
             0 <= self.proportion_empty_prompts <= 1,

@@ -86,7 +86,7 @@ class TextToImageTask:
         eps, input_eps = self.noise.draw(_latent_shape(batch), rows)
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
-        t, weight = self.timesteps.draw(u)
+        t, weight = self.timesteps.draw(u, step)
         text = self.captions(batch.captions, self.proportion_empty_prompts, row_uniform(rows))
         losses, t = self._denoising(batch, noise, eps, input_eps, t, text)
         self.timesteps.learn(batch.rows, t, losses)

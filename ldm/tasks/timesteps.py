@@ -14,8 +14,8 @@ from ldm.process import LossHistory, Objective
 class TimestepDraw(Protocol):
     """Timesteps for a batch, and their losses back."""
 
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps and weights, each [B], at the quantiles u [B] in [0, 1) of the distribution."""
+    def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Timesteps and weights, each [B], at the quantiles u [B] in [0, 1) of the training step's distribution."""
         ...
 
     def learn(self, rows: Sequence[int], t: Tensor, losses: Tensor) -> None:
@@ -28,14 +28,22 @@ class TimestepDraw(Protocol):
 
 
 class FixedTimesteps:
-    """The objective's own distribution, which no loss changes."""
+    """The objective's own distribution, which no loss changes; at first only its noisiest part, if so asked.
 
-    def __init__(self, objective: Objective) -> None:
+    Step k of the first `curriculum_steps` draws from the noisiest part p of the distribution alone, and p grows
+    geometrically from `curriculum_start` to 1. There the caption is all that tells the picture, so that its words for
+    places are learnt first; later on the noisy latents show the places themselves and leave little to learn from.
+    """
+
+    def __init__(self, objective: Objective, curriculum_steps: int = 0, curriculum_start: float = 1.0) -> None:
         self.objective = objective
+        self.curriculum_steps, self.curriculum_start = curriculum_steps, curriculum_start
 
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """See `TimestepDraw`; the weights are 1."""
-        return self.objective.timesteps(u), torch.ones(len(u))
+        left = max(0.0, 1 - step / self.curriculum_steps) if self.curriculum_steps else 0.0
+        part = self.curriculum_start**left
+        return self.objective.timesteps(1 - (1 - u.double()) * part), torch.ones(len(u))
 
     def learn(self, rows: Sequence[int], t: Tensor, losses: Tensor) -> None:
         """Nothing is learnt."""
@@ -55,7 +63,7 @@ class ImportanceTimesteps:
         self.history = LossHistory.empty(num_train_timesteps)
         self.gather = gather
 
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """See `TimestepDraw`; the weights are 1 / (T·p_t)."""
         return self.history.draw(u)
 

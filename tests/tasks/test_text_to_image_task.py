@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from ldm.config import ConfigError, LdmTraining
 from ldm.config.file import dump_config, load_config
 from ldm.data.latents import LatentBatch
 from ldm.pretrained import read_model
-from ldm.process import FlowConfig, LossHistory, hybrid_loss, offset_noise, perturbed_noise, time_shift
+from ldm.process import (
+    DiffusionConfig,
+    FlowConfig,
+    LossHistory,
+    Objective,
+    hybrid_loss,
+    offset_noise,
+    perturbed_noise,
+    time_shift,
+)
 from ldm.process.importance import HISTORY
 from ldm.seeds import generator
 from ldm.tasks.captions import TokenizedCaptions
 from ldm.tasks.text_to_image import DenoisingLoss, TextToImageTask
-from ldm.tasks.timesteps import ImportanceTimesteps
+from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps
 
 ROWS, SHAPE = 4, (4, 8, 8)
 
@@ -151,13 +161,23 @@ def test_importance_sampling_learns_from_the_losses_of_all_processes(config: Any
     assert torch.equal(task.timesteps.history.counts, expected.counts)
 
 
+def test_the_curriculum_begins_at_the_noisiest_timesteps_and_ends_at_all_of_them() -> None:
+    timesteps = FixedTimesteps(Objective(DiffusionConfig().schedule()), curriculum_steps=4, curriculum_start=1 / 16)
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for step, part in enumerate((1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1)):
+        drawn, weight = timesteps.draw(u, step)
+        noisiest = math.floor(1000 * (1 - part))
+        assert (int(drawn.min()), int(drawn.max())) == (noisiest, 999) and weight.eq(1).all()
+        torch.testing.assert_close(drawn.double().mean(), torch.tensor((noisiest + 999) / 2).double(), atol=1, rtol=0)
+
+
 def test_importance_weights_undo_the_distribution() -> None:
     timesteps = ImportanceTimesteps(3, lambda value: torch.cat([value, value + torch.tensor([4.0, 0, 0])]))
     for _ in range(HISTORY):
         timesteps.learn([2, 0, 1, 3], torch.tensor([0, 1, 2, 2]), torch.tensor([1.0, 2.0, 5.0, float("nan")]))
     assert timesteps.history.counts.tolist() == [2 * HISTORY] * 3
     u = (torch.arange(3000) + 0.5) / 3000
-    t, weight = timesteps.draw(u)
+    t, weight = timesteps.draw(u, 0)
     share = t.bincount() / 3000
     torch.testing.assert_close(share, torch.tensor([1.0, 2.0, 5.0]) / 8, atol=2e-3, rtol=0)
     torch.testing.assert_close(
@@ -165,7 +185,7 @@ def test_importance_weights_undo_the_distribution() -> None:
     )
     again = ImportanceTimesteps(3, lambda value: value)
     again.load_state_dict(timesteps.state_dict())
-    assert torch.equal(again.draw(u)[0], t)
+    assert torch.equal(again.draw(u, 0)[0], t)
 
 
 def test_settings_survive_the_way_into_a_run_folder(config: Any, tmp_path: Path) -> None:
