@@ -9,16 +9,18 @@ JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 from benchmarks.forked import exported, final_hashes, write_config
 from ldm.training.run_dir import RunDir
@@ -27,13 +29,13 @@ ADDRESSES = ("127.0.0.1", "127.0.0.2")
 
 
 def host(rank: int, port: int, config: Path, log: Path) -> subprocess.Popen[bytes]:
-    """torchrun as it is typed on host `rank`, in a process group of its own."""
+    """torchrun as it is typed on host `rank`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--node-rank", str(rank), "--master-addr", ADDRESSES[0], "--master-port", str(port)]
     command += ["--local-addr", ADDRESSES[rank], "train_autoencoder.py", "--config", str(config)]
     cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with open(log, "ab") as file:
-        return subprocess.Popen(command, env={**os.environ, **cpu}, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command, env={**os.environ, **cpu}, stdout=file, stderr=file)
 
 
 def hosts(config: Path, run: Path) -> list[subprocess.Popen[bytes]]:
@@ -44,6 +46,7 @@ def hosts(config: Path, run: Path) -> list[subprocess.Popen[bytes]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         report = survive(Path(name))
@@ -60,7 +63,7 @@ def survive(folder: Path) -> dict[str, object]:
     pair = hosts(config, run)
     while not RunDir(run).complete() and pair[0].poll() is None:
         time.sleep(0.05)
-    kill_group(pair[1])
+    cut_the_power(pair[1])
     left = pair[0].wait(timeout=300)
     told = re.search(r"error: (the connection to another process .*)", run.with_suffix(".0.log").read_text())
     codes += [process.wait() for process in hosts(config, run)]
@@ -73,9 +76,11 @@ def survive(folder: Path) -> dict[str, object]:
     }
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """The power cord: torchrun and its worker at once. The worker leads no group of its own."""
-    os.killpg(process.pid, signal.SIGKILL)
+def cut_the_power(process: subprocess.Popen[bytes]) -> None:
+    """Kills torchrun and its workers at once; a worker that outlived its launcher would stop in good order."""
+    host = psutil.Process(process.pid)
+    for each in [*host.children(recursive=True), host]:
+        each.kill()
     process.wait()
 
 

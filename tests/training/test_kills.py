@@ -42,8 +42,8 @@ def test_what_is_not_finite_in_twelve_places_is_never_stored() -> None:
 
 
 def test_a_failing_disk_costs_one_state() -> None:
-    report = run("survival", "disk")
-    assert report["faults"] == report["equal"] == report["nothing_left"] == report["told"] == 8
+    report = run("survival", "disk", "--quick")
+    assert report["faults"] == report["equal"] == report["nothing_left"] == report["told"] == 10
 
 
 def test_one_then_two_then_one_process_is_one_training() -> None:
