@@ -5,7 +5,8 @@
 
 The rows (names, captions, licences, split) are those of `train.parquet` and `validation.parquet` beside this file; the
 pictures are taken from the npm packages below, which `npm pack` downloads. Where the size is 64, every picture is
-compared with the hash of the committed one.
+compared with the hash of the committed one. The column `captions`, which the source `emoji` makes when it is read, is
+written besides, so that the folder serves as a `data.source` with the same `data.caption_columns`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from ldm.data.emoji import FORMS, caption_forms
 
 HERE = Path(__file__).parent
 VARIATION = "-fe0f"
@@ -71,8 +74,9 @@ def rebuild(split: str, draw: dict[str, Draw], size: int, output: Path) -> None:
         if size == 64:
             counts["equal" if row["pixel_hash"] == known else "different"] += 1
         row["image"] = {"bytes": lossless(image), "path": row["image"]["path"]}
-        rows.append(row)
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), output / f"{split}.parquet", compression="zstd")
+        rows.append(row | {FORMS: caption_forms(row)})
+    schema = table.schema.append(pa.field(FORMS, pa.list_(pa.string())))
+    pq.write_table(pa.Table.from_pylist(rows, schema), output / f"{split}.parquet", compression="zstd")
     print(f"{split}: {len(rows)} pictures;", ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

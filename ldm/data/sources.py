@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ldm.data.emoji import emoji_folder
+from ldm.data.emoji import FORMS, caption_forms, emoji_folder, with_forms
 from ldm.data.fingerprint import of_files, of_values
 from ldm.data.folders import FolderRows, folder_rows
 from ldm.data.shapes import ShapesDataset
@@ -234,7 +234,7 @@ def _key(row: dict[str, Any], columns: Columns, fallback: str) -> str:
 
 def _load(source: str, split: str, columns: Columns, streaming: bool = False) -> Loaded:
     if source == "emoji":
-        return _load_folder(emoji_folder(), split, columns, streaming)
+        return _load_emoji(split, columns, streaming)
     path = Path(source).expanduser()
     files = sorted(glob.glob(str(path)))
     if path.is_dir():
@@ -245,6 +245,15 @@ def _load(source: str, split: str, columns: Columns, streaming: bool = False) ->
     if files or source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in ARCHIVES:
         raise ValueError(f"data.source {source!r} is neither a folder nor .parquet or .tar files")
     return _load_hub(source, split, columns, streaming)
+
+
+def _load_emoji(split: str, columns: Columns, streaming: bool) -> Loaded:
+    """The built-in emoji, with the column of all caption forms where it is asked for."""
+    loaded = _load_folder(emoji_folder(), split, columns, streaming)
+    if FORMS not in columns.captions:
+        return loaded
+    first = caption_forms(next(iter(loaded.rows)))  # another way of forming captions is another data set
+    return Loaded(with_forms(loaded.rows), lambda: of_values([loaded.content(), first]), loaded.left_out)
 
 
 def _load_folder(folder: Path, split: str, columns: Columns, streaming: bool) -> Loaded:
