@@ -40,18 +40,19 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     p = argparse.ArgumentParser(prog="ldm-evaluate", description="Measure a model.", allow_abbrev=False)
     p.add_argument("--model", default=None, help="model folder, vae folder or hub id (default: the bundled model)")
-    p.add_argument("--suite", choices=("reconstruction", "shapes"), required=True)
+    p.add_argument("--suite", choices=("generation", "reconstruction", "shapes"), required=True)
     p.add_argument("--num-samples", type=int, default=500, help="pictures, of each split in the shapes suite")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch-size", type=int, default=50)
     p.add_argument("--device", default=None)
     p.add_argument("--output", default=None, metavar="FILE.json", help="where to write the figures and a picture grid")
-    drawn = p.add_argument_group("shapes suite")
-    drawn.add_argument("--num-shapes", type=int, choices=(1, 2), default=None, help="scenes of one or two")
-    drawn.add_argument("--steps", type=int, default=None)
-    drawn.add_argument("--guidance-scale", type=float, default=None)
+    p.add_argument("--num-shapes", type=int, choices=(1, 2), default=None, help="shapes suite: scenes of one or two")
+    drawn = p.add_argument_group("shapes and generation suites")
+    several = "generation suite: several are compared"
+    drawn.add_argument("--steps", "--num-inference-steps", type=int, nargs="+", default=None, help=several)
+    drawn.add_argument("--guidance-scale", type=float, nargs="+", default=None, help=several)
     drawn.add_argument("--sampler", default=None)
-    judged = p.add_argument_group("reconstruction suite")
+    judged = p.add_argument_group("reconstruction and generation suites")
     judged.add_argument("--data", default="shapes", metavar="SOURCE", help="any data source that training reads")
     judged.add_argument("--split", default="validation", help="split of --data")
     judged.add_argument("--image-column", default="image", metavar="NAME", help="column of --data with the pictures")
@@ -59,11 +60,26 @@ def parser() -> argparse.ArgumentParser:
     judged.add_argument("--resolution", type=int, default=None, help="default: the model's own")
     nets = "efficientnet_lite0, efficientnet_lite2"
     lpips = "lpips_vgg, lpips_alex, lpips_squeeze"
-    judged.add_argument("--perceptual", default=JUDGE, metavar="NAME", help=f"distance: {nets}, {lpips} or none")
-    judged.add_argument("--perceptual-weights", default=None, metavar="FILE", help="backbone of an lpips distance")
-    judged.add_argument("--features", default=JUDGE, metavar="NAME", help=f"of rFID: {nets}, inception or none")
-    judged.add_argument("--features-weights", default=None, metavar="FILE", help="weights of the inception features")
+    more = "inception, timm:NAME, open_clip:NAME or none"
+    judged.add_argument("--features", default=JUDGE, metavar="NAME", help=f"of Frechet distances: {nets}, {more}")
+    judged.add_argument("--features-weights", default=None, metavar="FILE", help="their weights as a local file")
+    p.add_argument("--perceptual", default=JUDGE, metavar="NAME", help=f"reconstruction suite: {nets}, {lpips} or none")
+    p.add_argument("--perceptual-weights", default=None, metavar="FILE", help="backbone of an lpips distance")
+    _add_generation_flags(p.add_argument_group("generation suite"))
     return p
+
+
+def _add_generation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--clip", default="none", metavar="NAME", help="local-dir:FOLDER or an architecture of open_clip"
+    )
+    group.add_argument("--clip-weights", default=None, metavar="FILE", help="checkpoint of that architecture")
+    group.add_argument("--candidates", type=int, default=32, help="captions that R-precision chooses among")
+    group.add_argument("--num-reference", type=int, default=None, help="pictures of --split (default: --num-samples)")
+    group.add_argument("--training-split", default="train", help="of --data, for copies and the classifier")
+    group.add_argument("--num-training", type=int, default=10_000, help="pictures of it at most; 0: neither of both")
+    group.add_argument("--label-column", default=None, metavar="NAME", help="column of --data to classify pictures by")
+    group.add_argument("--bootstrap", type=int, default=200, help="bootstrap samples behind the intervals; 0: none")
 
 
 def main() -> None:
@@ -82,6 +98,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     for flag, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; it must be at least 1")
+    if args.suite == "generation":
+        return _generation(args)
     if args.output and (Path(args.output).suffix == ".png" or Path(args.output).is_dir()):
         raise ValueError(f"--output is {args.output}; it must be a .json file, the picture is written beside it")
     report, grid = _shapes(args) if args.suite == "shapes" else _reconstruction(args)
@@ -95,21 +113,28 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     return report
 
 
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    from ldm.cli.evaluate_generation import GenerationSuite
+
+    return GenerationSuite(args).report()
+
+
 def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     from ldm.evaluation.grid import image_grid
     from ldm.evaluation.shapes import SPLITS, evaluate_shapes
     from ldm.pipeline import TextToImage
 
     pipe = TextToImage.from_pretrained(args.model, usable_device(args.device))
-    wanted = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+    steps, scale = _single("--steps", args.steps), _single("--guidance-scale", args.guidance_scale)
+    wanted = {"steps": steps, "guidance_scale": scale, "sampler": args.sampler}
     with tqdm(total=args.num_samples * len(SPLITS), unit="image") as bar:
         splits, drawn = evaluate_shapes(
             pipe, args.num_samples, args.seed, args.num_shapes, args.batch_size, bar.update, **wanted
         )
     settings = {
         "model": args.model or "bundled",
-        "steps": pipe.setting("num_inference_steps", args.steps),
-        "guidance_scale": pipe.setting("guidance_scale", args.guidance_scale),
+        "steps": pipe.setting("num_inference_steps", steps),
+        "guidance_scale": pipe.setting("guidance_scale", scale),
         "sampler": pipe.setting("sampler", args.sampler),
         "seed": args.seed,
         "num_shapes": args.num_shapes,
@@ -152,6 +177,13 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     }
     report = {"suite": "reconstruction", "num_samples": count, "metrics": figures.metrics, "settings": settings}
     return report, comparison_grid(vae, pictures, figures.psnr)
+
+
+def _single(flag: str, values: Sequence[Any] | None) -> Any:
+    """The one value of a flag that takes several in another suite; None without it."""
+    if values is not None and len(values) > 1:
+        raise ValueError(f"{flag} has {len(values)} values; the shapes suite takes one")
+    return values[0] if values else None
 
 
 def _judge(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from autoencoder import LPIPS, EfficientNetFeatureDistance
 from autoencoder.perceptual import EFFICIENTNETS, FeatureDistance, load_efficientnet
+from ldm.evaluation.text_image import OpenClip
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-FEATURES = ("efficientnet_lite0", "efficientnet_lite2", "inception")
+FEATURES = ("efficientnet_lite0", "efficientnet_lite2", "inception", "timm:NAME", "open_clip:NAME")
 PERCEPTUAL = ("efficientnet_lite0", "efficientnet_lite2", "lpips_vgg", "lpips_alex", "lpips_squeeze")
 
 
@@ -72,8 +73,7 @@ class InceptionFeatures(nn.Module):
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity reads it as any pickle
             self.net = module.FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
         except Exception as error:  # what torch raises depends on what the file is
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{weights} does not hold the weights {INCEPTION_FILE}: {reason}") from error
+            raise ValueError(f"{weights} does not hold the weights {INCEPTION_FILE}: {_first_line(error)}") from error
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,18 +82,70 @@ class InceptionFeatures(nn.Module):
         return pooled
 
 
-def feature_net(name: str, weights: str | Path | None = None) -> EfficientNetFeatures | InceptionFeatures:
-    """The network of that name in FEATURES; `weights` is the local file that "inception" needs, and no other.
+class TimmFeatures(nn.Module):
+    """The pooled features before the classifier of any image model of the library timm, at its own input size.
+
+    Args:
+        name: timm's name of the architecture, such as `resnet50` or `vit_small_patch14_dinov2`.
+        weights: its checkpoint as a local file (.safetensors, or a state dict of torch's); nothing is downloaded.
+
+    Raises:
+        ValueError: timm is not installed or has no such model, or the file does not hold its weights.
+    """
+
+    def __init__(self, name: str, weights: str | Path | None) -> None:
+        super().__init__()
+        timm = _installed("timm", "timm")
+        if weights is None or not Path(weights).is_file():
+            given = "no file" if weights is None else f"{weights}, which is not there"
+            raise ValueError(f"`weights` must be a local checkpoint of timm's {name}, got {given}")
+        try:
+            self.net = timm.create_model(name, pretrained=False, num_classes=0)
+            state = timm.models.load_state_dict(str(weights), use_ema=False, weights_only=True)
+            missing, extra = self.net.load_state_dict(state, strict=False)
+        except Exception as error:  # what timm and torch raise depends on what the file is
+            raise ValueError(f"timm cannot load {name} from {weights}: {_first_line(error)}") from error
+        head = self.net.pretrained_cfg.get("classifier") or ()
+        strange = [key for key in extra if not key.startswith(tuple([head] if isinstance(head, str) else head))]
+        if missing or strange:
+            wrong = f"key {missing[0]!r} is missing" if missing else f"key {strange[0]!r} has no place"
+            raise ValueError(f"{weights} does not hold the weights of timm's {name}: {wrong}")
+        settings = timm.data.resolve_data_config({}, model=self.net)
+        self.size = tuple(settings["input_size"][1:])
+        for part in ("mean", "std"):
+            self.register_buffer(part, torch.tensor(settings[part]).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+        self.dim = int(self(torch.zeros(1, 3, *self.size)).shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        resized = F.interpolate(x.float(), self.size, mode="bicubic", antialias=True).clamp(-1, 1)
+        features: Tensor = self.net(((resized + 1) / 2 - self.mean) / self.std)
+        return features
+
+
+FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip
+
+
+def feature_net(name: str, weights: str | Path | None = None) -> FeatureModule:
+    """The network of that name in FEATURES; `weights` is the local file that those without a package need.
+
+    `timm:NAME` and `open_clip:NAME` name an architecture of that library, `open_clip:local-dir:FOLDER` a whole model.
 
     Raises:
         ValueError: unknown name, or its weights cannot be had.
     """
-    if name == "inception":
-        return InceptionFeatures(weights)
-    if name not in FEATURES:
-        raise ValueError(f"not one of {', '.join(FEATURES)}")
-    _refuse(weights)
-    return EfficientNetFeatures(name)
+    library, _, model = name.partition(":")
+    match library:
+        case "inception":
+            return InceptionFeatures(weights)
+        case "timm":
+            return TimmFeatures(model, weights)
+        case "open_clip":
+            return OpenClip(model, weights)
+        case "efficientnet_lite0" | "efficientnet_lite2":
+            _refuse(weights)
+            return EfficientNetFeatures(name)
+    raise ValueError(f"not one of {', '.join(FEATURES)}")
 
 
 def perceptual_distance(name: str, weights: str | Path | None = None) -> FeatureDistance:
@@ -113,6 +165,10 @@ def perceptual_distance(name: str, weights: str | Path | None = None) -> Feature
 def _refuse(weights: str | Path | None) -> None:
     if weights is not None:
         raise ValueError(f"its weights come in a package, so {weights} would not be read")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _installed(module: str, packages: str) -> Any:

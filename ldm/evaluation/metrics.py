@@ -86,12 +86,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         ValueError: fewer than two examples on a side.
     """
     first, second = a.covariance(), b.covariance()
-    cross = torch.linalg.svdvals(_root(first) @ _root(second)).sum()
+    cross = torch.linalg.svdvals(covariance_root(first) @ covariance_root(second)).sum()
     squared = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross
     return max(0.0, float(squared))
 
 
-def _root(covariance: Tensor) -> Tensor:
+def covariance_root(covariance: Tensor) -> Tensor:
     """Symmetric square root of a covariance; eigenvalues that rounding made negative count as zero."""
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

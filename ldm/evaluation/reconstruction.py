@@ -36,8 +36,8 @@ def mean_psnr(vae: Autoencoder, batches: Iterable[Tensor]) -> float:
 class Pictures:
     """The first `count` readable pictures of a source, read batch by batch onto a device; keeps none of them.
 
-    `indices` and `skipped` fill while `batches` is read: the place of every picture given in the source, and the
-    reason for every one that could not be used.
+    `indices`, `captions` and `skipped` fill while `batches` is read: the place in the source and the captions of every
+    picture given, and the reason for every one that could not be used.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Pictures:
         self.source, self.transform, self.device = source, transform, device
         self.count, self.batch_size = count, batch_size
         self.indices: list[int] = []
+        self.captions: list[tuple[str, ...]] = []
         self.skipped: list[str] = []
 
     def batches(self) -> Iterator[Tensor]:
@@ -59,11 +60,13 @@ class Pictures:
             if len(self.indices) == self.count:
                 break
             try:
-                waiting.append(self._read(index))
+                example = self.source[index]
             except BadImage as error:
                 self.skipped.append(str(error))
                 continue
+            waiting.append(self.transform(example, 0, index))
             self.indices.append(index)
+            self.captions.append(example.captions)
             if len(waiting) == self.batch_size:
                 yield torch.stack(waiting).to(self.device)
                 waiting = []
@@ -74,10 +77,8 @@ class Pictures:
 
     def again(self, positions: Sequence[int]) -> Tensor:
         """The pictures given at these positions, read a second time: [len(positions), 3, R, R]."""
-        return torch.stack([self._read(self.indices[position]) for position in positions]).to(self.device)
-
-    def _read(self, index: int) -> Tensor:
-        return self.transform(self.source[index], 0, index)
+        places = [self.indices[position] for position in positions]
+        return torch.stack([self.transform(self.source[place], 0, place) for place in places]).to(self.device)
 
 
 @dataclass(frozen=True)

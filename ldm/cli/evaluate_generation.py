@@ -1,0 +1,217 @@
+"""The `generation` suite of ldm-evaluate: from flags to a report, its page and its pictures."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.cli.device import usable_device
+from ldm.data.batches import Transform
+from ldm.data.sources import Columns, RowSource, open_source
+from ldm.evaluation.features import feature_net
+from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
+from ldm.evaluation.grid import image_grid
+from ldm.evaluation.reconstruction import Pictures
+from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
+from ldm.evaluation.text_image import OpenClip
+from ldm.pipeline import TextToImage
+from ldm.training.shared_evaluation import process_share
+
+Setting = Mapping[str, Any]
+"""What one column of the report draws with: `guidance_scale` and `steps`."""
+
+
+class GenerationSuite:
+    """One run of the suite: its flags, this process's share of the work, the model and the judges.
+
+    Raises:
+        ValueError: one sentence naming the flag or file at fault.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        check(args)
+        self.args = args
+        self.share, device = process_share(args.device == "cpu")
+        self.device = device if self.share.size > 1 else usable_device(args.device)
+        self.judges = judges(args).to(self.device)
+        self.pipe = TextToImage.from_pretrained(args.model, self.device)
+        side = self.pipe.default_size if args.resolution is None else args.resolution
+        self.fixed: Setting = {"sampler": args.sampler, "height": side, "width": side}
+        self.side, self.settings = side, self._settings()
+
+    def report(self) -> dict[str, Any]:
+        """Measures every setting and writes what `--output` says; in all processes but the first, nothing: {}."""
+        args = self.args
+        reference, held_out = self._judged(args.split, args.num_reference or args.num_samples)
+        wanted = args.num_training and self.judges.features is not None
+        training, known = self._judged(args.training_split, args.num_training) if wanted else (None, None)
+        comparison = Comparison(
+            self.judges, held_out, known, args.label_column, args.candidates, args.bootstrap, args.seed
+        )
+        runs, pictures = list[Run](), dict[str, Image.Image]()
+        for setting in self.settings:
+            drawn = self._draw(held_out, setting)
+            if self.share.rank == 0:
+                runs.append(Run(setting["guidance_scale"], setting["steps"], comparison.figures(drawn.judged)))
+                pictures |= self._pictures(comparison, drawn, training, setting)
+        if self.share.rank:
+            return {}
+        if len(runs) > 1:
+            pictures["sweep"] = sweep_chart(runs)
+        return self._written(runs, comparison, pictures, len(reference.skipped))
+
+    def _settings(self) -> list[Setting]:
+        """Every guidance scale with every number of steps, each checked before anything is drawn."""
+        scales, counts = self.args.guidance_scale or [None], self.args.steps or [None]
+        found: list[Setting] = [
+            {
+                "guidance_scale": float(self.pipe.setting("guidance_scale", scale)),
+                "steps": int(self.pipe.setting("num_inference_steps", steps)),
+            }
+            for scale, steps in itertools.product(scales, counts)
+        ]
+        for setting in found:
+            self.pipe.plan(**setting, **self.fixed)
+        return found
+
+    def _judged(self, split: str, count: int) -> tuple[Pictures, JudgedSet]:
+        """The first `count` readable pictures of a split of `--data`."""
+        args, label = self.args, self.args.label_column
+        columns = Columns(args.image_column, (args.caption_column, *([label] if label else [])))
+        source = open_source(args.data, split, self.side, columns, seed=args.seed)
+        if label and not (isinstance(source, RowSource) and label in source.columns.captions):
+            raise ValueError(f"--label-column is {label}, and {args.data} has no such column")
+        pictures = Pictures(source, Transform(self.side), count, args.batch_size, self.device)
+        judged = judge_pictures(pictures, self.judges, self.share, label is not None, self._bar(split))
+        if pictures.skipped:
+            self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
+        return pictures, judged
+
+    def _draw(self, reference: JudgedSet, setting: Setting) -> Drawn:
+        args, bar = self.args, self._bar(f"guidance {setting['guidance_scale']:g}, {setting['steps']} steps")
+        size, settings = args.batch_size, {**setting, **self.fixed}
+        return draw(self.pipe, reference, args.num_samples, size, self.judges, self.share, args.seed, bar, **settings)
+
+    def _pictures(
+        self, comparison: Comparison, drawn: Drawn, training: Pictures | None, setting: Setting
+    ) -> dict[str, Image.Image]:
+        """Samples of a setting, and its nearest copies of training pictures, by the end of their file's name."""
+        end = f"guidance_{setting['guidance_scale']:g}_steps_{setting['steps']}" if len(self.settings) > 1 else ""
+        labels = drawn.judged.captions[: len(drawn.shown)]
+        found = {f"samples_{end}".rstrip("_"): image_grid(drawn.shown, 8, labels, min_side=96)}
+        if training is not None:
+            seed, settings = self.args.seed, {**setting, **self.fixed}
+            found[f"copies_{end}".rstrip("_")] = copies_grid(
+                self.pipe, comparison, drawn.judged, training, seed, **settings
+            )
+        return found
+
+    def _written(
+        self, runs: Sequence[Run], comparison: Comparison, pictures: Mapping[str, Image.Image], skipped: int
+    ) -> dict[str, Any]:
+        """The report; with `--output`, written with its page and its pictures."""
+        reference = comparison.of_reference()
+        report = {
+            "suite": "generation",
+            "num_samples": self.args.num_samples,
+            **as_json(runs[0].figures),
+            "reference": as_json(reference),
+            "runs": [run.as_json() for run in runs],
+            "settings": self._described(comparison) | {"skipped": skipped},
+        }
+        if self.args.output is None:
+            print(markdown(report, runs, reference, []))
+            return report
+        path = report_path(self.args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = {end: path.with_name(f"{path.stem}_{end}.png") for end in pictures}
+        for end, picture in pictures.items():
+            picture.save(names[end])
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        page = markdown(report, runs, reference, [name.name for name in names.values()])
+        path.with_suffix(".md").write_text(page, encoding="utf-8")
+        print(page)
+        return report
+
+    def _described(self, comparison: Comparison) -> dict[str, Any]:
+        """All that decides the figures besides guidance and steps."""
+        args = self.args
+        known = comparison.training
+        dim = comparison.reference.vectors.features.shape[1]
+        if self.judges.features is not None and args.num_samples < dim:
+            self._warn(
+                f"{args.num_samples} pictures are fewer than the {dim} features of {args.features}: compare this "
+                "Frechet distance only with one of as many pictures"
+            )
+        return {
+            "model": args.model or "bundled",
+            "data": args.data,
+            "split": args.split,
+            "caption_column": args.caption_column,
+            "resolution": self.side,
+            "sampler": self.pipe.setting("sampler", args.sampler),
+            "seed": args.seed,
+            "features": args.features,
+            "feature_dimensions": dim or None,
+            "clip": args.clip,
+            "candidates": args.candidates if self.judges.text_image is not None else None,
+            "num_reference": len(comparison.reference),
+            "num_training": 0 if known is None else len(known),
+            "label_column": args.label_column,
+            "bootstrap": args.bootstrap,
+        }
+
+    def _bar(self, name: str) -> Any:
+        def bar(batches: Iterable[Any]) -> Any:
+            return tqdm(batches, desc=name, unit="batch", disable=self.share.rank > 0)
+
+        return bar
+
+    def _warn(self, sentence: str) -> None:
+        if self.share.rank == 0:
+            print(f"warning: {sentence}", file=sys.stderr)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises a ValueError naming a flag whose value cannot be meant."""
+    for flag, value, least in (
+        ("--num-reference", args.num_reference, 1),
+        ("--num-training", args.num_training, 0),
+        ("--bootstrap", args.bootstrap, 0),
+        ("--candidates", args.candidates, 2),
+        ("--resolution", args.resolution, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} is {value}; it must be at least {least}")
+    if args.label_column is not None and (args.features == "none" or args.num_training == 0):
+        raise ValueError("--label-column trains a classifier: it needs --features and --num-training")
+    if args.features == "none" and args.clip == "none":
+        raise ValueError("--features and --clip are none, so there is nothing to measure: name one of them")
+
+
+def judges(args: argparse.Namespace) -> Judges:
+    """The networks that `--features` and `--clip` name.
+
+    Raises:
+        ValueError: naming the flag whose network cannot be had.
+    """
+    flag, name = "--features", args.features
+    try:
+        features = None if name == "none" else feature_net(name, args.features_weights)
+        flag, name = "--clip", args.clip
+        return Judges(args.features, features, None if name == "none" else OpenClip(name, args.clip_weights))
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from error
+
+
+def report_path(output: str) -> Path:
+    """The JSON file: what `--output` names, or `report.json` in the folder that it names."""
+    return Path(output) if Path(output).suffix == ".json" else Path(output) / "report.json"
