@@ -32,16 +32,15 @@ from ldm.data.transforms import to_images
 from ldm.evaluation.text_image import candidate_rows, r_precision
 
 CONFIG: dict[str, Any] = {
-    "embed_dim": 192,
+    "embed_dim": 128,
     "vision_cfg": {
-        "image_size": 96,
         "timm_model_name": "tf_efficientnet_lite0",
         "timm_model_pretrained": False,
         "timm_pool": "avg",
         "timm_proj": "mlp",
         "timm_drop": 0.1,
     },
-    "text_cfg": {"context_length": 24, "width": 192, "heads": 4, "layers": 2},
+    "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2},
 }
 MEAN, STD = 127 / 255, 128 / 255
 """How EfficientNet-Lite was shown its pictures, as shares of the largest level."""
@@ -53,13 +52,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", default="emoji", metavar="SOURCE")
     parser.add_argument("--caption-columns", nargs="+", default=["captions"])
+    parser.add_argument("--image-size", type=int, default=96, help="side to which the tower resizes pictures")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.monotonic()
     torch.manual_seed(args.seed)
-    model, preprocess, tokenizer = new_model(args.output)
+    model, preprocess, tokenizer = new_model(args.output, args.image_size)
     columns = Columns("image", tuple(args.caption_columns))
     sources = [open_source(args.data, split, 64, columns) for split in ("train", "validation")]
     (features, captions), (held, held_captions) = (encoded(model, preprocess, source) for source in sources)
@@ -74,16 +74,17 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def new_model(folder: Path) -> tuple[Any, Any, Any]:
+def new_model(folder: Path, image_size: int) -> tuple[Any, Any, Any]:
     """A CLIP with the image tower's ImageNet weights, how it takes pictures, and its tokenizer; writes the config."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "open_clip_config.json"
-    path.write_text(json.dumps({"model_cfg": CONFIG}))
+    config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": image_size}}
+    path.write_text(json.dumps({"model_cfg": config}))
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(
         name, load_weights=False, image_mean=(MEAN,) * 3, image_std=(STD,) * 3, image_interpolation="bicubic"
     )
-    save_config_for_hf(model, path, CONFIG)
+    save_config_for_hf(model, path, config)
     trunk, source = model.visual.trunk, load_efficientnet("efficientnet-lite0").state_dict()
     weights = dict(zip(trunk.state_dict(), source.values(), strict=False))  # the same network; ours has no classifier
     trunk.load_state_dict(weights)

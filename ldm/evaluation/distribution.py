@@ -52,7 +52,7 @@ def figure(value: float, replicates: Tensor, low: float = float("-inf"), high: f
 
 def measured(measure: Callable[[Tensor], Tensor], weights: Tensor, low: float, high: float = float("inf")) -> Figure:
     """A measure of weights [R, N] -> [R], at equal weights and with the spread over the bootstrap samples [R, N]."""
-    values = measure(torch.cat([torch.ones_like(weights[:1]), weights]))
+    values = measure(torch.cat([weights.new_ones(1, weights.shape[1]), weights]))
     return figure(float(values[0]), values[1:], low, high)
 
 

@@ -34,7 +34,7 @@ PAIRS = 8
 
 
 class Vectors(NamedTuple):
-    """What the judges make of pictures: features [N, D], unit vectors beside captions [N, E]; 0 wide without a judge."""
+    """What the judges make of pictures: features [N, D], unit vectors beside captions [N, E]; 0 wide without one."""
 
     features: Tensor
     joint: Tensor
