@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, RowSource, open_source
+from ldm.evaluation.distribution import Figure
 from ldm.evaluation.features import feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
@@ -56,6 +57,7 @@ class GenerationSuite:
         comparison = Comparison(
             self.judges, held_out, known, args.label_column, args.candidates, args.bootstrap, args.seed
         )
+        attained = comparison.of_reference()  # before anything is drawn: it refuses sets that are too small
         runs, pictures = list[Run](), dict[str, Image.Image]()
         for setting in self.settings:
             drawn = self._draw(held_out, setting)
@@ -66,7 +68,7 @@ class GenerationSuite:
             return {}
         if len(runs) > 1:
             pictures["sweep"] = sweep_chart(runs)
-        return self._written(runs, comparison, pictures, len(reference.skipped))
+        return self._written(runs, attained, comparison, pictures, len(reference.skipped))
 
     def _settings(self) -> list[Setting]:
         """Every guidance scale with every number of steps, each checked before anything is drawn."""
@@ -115,10 +117,14 @@ class GenerationSuite:
         return found
 
     def _written(
-        self, runs: Sequence[Run], comparison: Comparison, pictures: Mapping[str, Image.Image], skipped: int
+        self,
+        runs: Sequence[Run],
+        reference: Mapping[str, Figure],
+        comparison: Comparison,
+        pictures: Mapping[str, Image.Image],
+        skipped: int,
     ) -> dict[str, Any]:
         """The report; with `--output`, written with its page and its pictures."""
-        reference = comparison.of_reference()
         report = {
             "suite": "generation",
             "num_samples": self.args.num_samples,
@@ -193,6 +199,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
     if args.label_column is not None and (args.features == "none" or args.num_training == 0):
         raise ValueError("--label-column trains a classifier: it needs --features and --num-training")
+    if args.output is not None and Path(args.output).suffix == ".png":
+        raise ValueError(f"--output is {args.output}; it must be a .json file or a folder")
     if args.features == "none" and args.clip == "none":
         raise ValueError("--features and --clip are none, so there is nothing to measure: name one of them")
 
