@@ -7,7 +7,7 @@ generated set is drawn again with replacement (Efron 1979), the reference stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,8 @@ def frechet_figure(generated: Tensor, reference: Tensor, weights: Tensor) -> Fig
         rows = w.sqrt()[:, None] * (y - w @ y / count)
         gram = rows @ rows.T if count < y.shape[1] else rows.T @ rows
         cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum() / (count - 1) ** 0.5
-        return mean.square().sum() + spread + trace - 2 * cross
+        squared: Tensor = mean.square().sum() + spread + trace - 2 * cross
+        return squared
 
     return measured(lambda rows: torch.stack([distance(w) for w in rows]).clamp(min=0), weights, 0.0)
 
@@ -102,13 +103,14 @@ def kernel_figure(generated: Tensor, reference: Tensor, weights: Tensor) -> Figu
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise ValueError(f"a kernel distance needs at least 2 pictures on each side, got {n} and {m}")
-    within_reference = sum(float(_kernel(rows, y).sum()) for rows in y.split(ROWS_AT_ONCE))
-    within_reference -= float(_kernel_of_itself(y).sum())
-    cross = torch.cat([_kernel(rows, y).mean(1) for rows in x.split(ROWS_AT_ONCE)])
+    within_reference = -float(_kernel_of_itself(y).sum())
+    for rows in torch.split(y, ROWS_AT_ONCE):
+        within_reference += float(_kernel(rows, y).sum())
+    cross = torch.cat([_kernel(rows, y).mean(1) for rows in torch.split(x, ROWS_AT_ONCE)])
 
     def distance(w: Tensor) -> Tensor:
         pairs = torch.zeros(len(w), dtype=torch.float64)
-        for rows, part in zip(x.split(ROWS_AT_ONCE), w.split(ROWS_AT_ONCE, 1), strict=True):
+        for rows, part in zip(torch.split(x, ROWS_AT_ONCE), torch.split(w, ROWS_AT_ONCE, 1), strict=True):
             pairs += (part @ _kernel(rows, x) * w).sum(1)
         pairs -= w.square() @ _kernel_of_itself(x)  # no picture is paired with itself or with its copy
         within: Tensor = pairs / (n * n - w.square().sum(1))
@@ -136,22 +138,20 @@ def precision_recall(generated: Tensor, reference: Tensor, neighbours: int = 3) 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of [N, D] its distance to the nearest row of [M, D], and which that is: [N] and int64 [N]."""
-    found = [torch.cdist(rows.double(), y.double(), compute_mode=BY_PRODUCTS).min(1) for rows in x.split(ROWS_AT_ONCE)]
+    found = [block.min(1) for block in _distances(x, y)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def _inside(points: Tensor, centres: Tensor, neighbours: int) -> Tensor:
-    centres = centres.double()
-    radii = torch.cat(
-        [
-            torch.cdist(rows, centres, compute_mode=BY_PRODUCTS).kthvalue(neighbours + 1).values  # the first is itself
-            for rows in centres.split(ROWS_AT_ONCE)
-        ]
-    )
-    parts = [
-        torch.cdist(rows.double(), centres, compute_mode=BY_PRODUCTS) <= radii for rows in points.split(ROWS_AT_ONCE)
-    ]
-    return torch.cat([part.any(1) for part in parts])
+    # the nearest of the centres to a centre is itself
+    radii = torch.cat([block.kthvalue(neighbours + 1).values for block in _distances(centres, centres)])
+    return torch.cat([(block <= radii).any(1) for block in _distances(points, centres)])
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances [n, M] of the rows of [N, D] to those of [M, D] in float64, some rows at a time."""
+    for rows in torch.split(x.double(), ROWS_AT_ONCE):
+        yield torch.cdist(rows, y.double(), compute_mode=BY_PRODUCTS)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, name: str, weights: str | Path | None) -> None:
         super().__init__()
-        timm = _installed("timm", "timm")
+        timm, transforms = _installed("timm", "'ldm[eval]'"), _installed("torchvision.transforms", "torchvision")
         if weights is None or not Path(weights).is_file():
             given = "no file" if weights is None else f"{weights}, which is not there"
             raise ValueError(f"`weights` must be a local checkpoint of timm's {name}, got {given}")
@@ -112,14 +112,13 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"{weights} does not hold the weights of timm's {name}: {wrong}")
         settings = timm.data.resolve_data_config({}, model=self.net)
         self.size = tuple(settings["input_size"][1:])
-        for part in ("mean", "std"):
-            self.register_buffer(part, torch.tensor(settings[part]).view(1, 3, 1, 1))
+        self.normalise = transforms.Normalize(settings["mean"], settings["std"])
         self.requires_grad_(False).eval()
         self.dim = int(self(torch.zeros(1, 3, *self.size)).shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         resized = F.interpolate(x.float(), self.size, mode="bicubic", antialias=True).clamp(-1, 1)
-        features: Tensor = self.net(((resized + 1) / 2 - self.mean) / self.std)
+        features: Tensor = self.net(self.normalise((resized + 1) / 2))
         return features
 
 

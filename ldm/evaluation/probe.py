@@ -47,9 +47,9 @@ class LinearProbe:
         def objective() -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(x @ self.weight + self.bias, target) + DECAY / 2 * self.weight.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(objective)
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
         for parameter in parameters:
             parameter.requires_grad_(False)

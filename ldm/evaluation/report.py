@@ -76,38 +76,55 @@ def sweep_chart(runs: Sequence[Run]) -> Image.Image:
     return image_grid(panels, min(2, len(panels)))
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """Where the numbers of a chart lie in its picture: ranges of both axes, and the box [left, top, right, bottom]."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    box: tuple[int, int, int, int]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        across, up = (
+            (value - low) / (high - low) if high > low else 0.5 for value, (low, high) in ((x, self.x), (y, self.y))
+        )
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+
 def line_chart(
     title: str, axis: str, lines: Mapping[str, Sequence[tuple[float, Figure]]], size: tuple[int, int] = (420, 280)
 ) -> Image.Image:
     """Figures over a number, one line a label, with their intervals as bars."""
-    image = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
-    left, right, top, bottom = 60, size[0] - 15, 30 + 14 * len(lines), size[1] - 40
-    points = [point for line in lines.values() for point in line]
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(f.low for _, f in points), max(f.high for _, f in points)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first) if last > first else 0.5
-        up = (y - low) / (high - low) if high > low else 0.5
-        return left + (right - left) * across, bottom - (bottom - top) * up
-
-    pen.text((left, 5), title, fill="black", font=font)
-    for tick in range(5):
-        value = low + (high - low) * tick / 4
-        y = bottom - (bottom - top) * tick / 4
-        pen.line([(left, y), (right, y)], fill="#dddddd")
-        pen.text((5, y - 7), f"{value:.3g}", fill="black", font=font)
-    for x in sorted({x for x, _ in points}):
-        pen.text((place(x, low)[0] - 6, bottom + 4), f"{x:g}", fill="black", font=font)
-    pen.text(((left + right) / 2 - 40, bottom + 20), axis, fill="black", font=font)
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=12)
+    pen, points = ImageDraw.Draw(image), [point for line in lines.values() for point in line]
+    places, ends = [x for x, _ in points], [end for _, f in points for end in (f.low, f.high)]
+    box = (60, 30 + 14 * len(lines), size[0] - 15, size[1] - 40)
+    frame = _Frame((min(places), max(places)), (min(ends), max(ends)), box)
+    pen.text((box[0], 5), title, fill="black", font=font)
+    pen.text(((box[0] + box[2]) / 2 - 40, box[3] + 20), axis, fill="black", font=font)
+    _scales(pen, frame, sorted(set(places)), font)
     for index, (label, line) in enumerate(lines.items()):
         colour = COLOURS[index % len(COLOURS)]
-        pen.text((left, 20 + 14 * index), label, fill=colour, font=font)
-        ordered = sorted(line, key=lambda point: point[0])
-        pen.line([place(x, f.value) for x, f in ordered], fill=colour, width=2)
-        for x, f in ordered:
-            pen.line([place(x, f.low), place(x, f.high)], fill=colour)
-            a, b = place(x, f.value)
-            pen.ellipse([a - 3, b - 3, a + 3, b + 3], fill=colour)
+        pen.text((box[0], 20 + 14 * index), label, fill=colour, font=font)
+        _line(pen, frame, sorted(line, key=lambda point: point[0]), colour)
     return image
+
+
+def _scales(pen: ImageDraw.ImageDraw, frame: _Frame, places: Sequence[float], font: Any) -> None:
+    (left, _, right, bottom), (low, high) = frame.box, frame.y
+    for tick in range(5):
+        value = low + (high - low) * tick / 4
+        y = frame.place(frame.x[0], value)[1]
+        pen.line([(left, y), (right, y)], fill="#dddddd")
+        pen.text((5, y - 7), f"{value:.3g}", fill="black", font=font)
+    for x in places:
+        pen.text((frame.place(x, low)[0] - 6, bottom + 4), f"{x:g}", fill="black", font=font)
+
+
+def _line(pen: ImageDraw.ImageDraw, frame: _Frame, line: Sequence[tuple[float, Figure]], colour: str) -> None:
+    pen.line([frame.place(x, f.value) for x, f in line], fill=colour, width=2)
+    for x, f in line:
+        pen.line([frame.place(x, f.low), frame.place(x, f.high)], fill=colour)
+        across, up = frame.place(x, f.value)
+        pen.ellipse([across - 3, up - 3, across + 3, up + 3], fill=colour)

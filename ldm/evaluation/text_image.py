@@ -52,7 +52,7 @@ class OpenClip(nn.Module):
                 )
                 self.tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
         except ImportError as error:
-            raise ValueError("open_clip is not installed: run `pip install 'ldm[text]'`") from error
+            raise ValueError("open_clip is not installed: run `pip install 'ldm[eval]'`") from error
         except Exception as error:  # what open_clip and torch raise depends on what the files are
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"open_clip cannot load it from {weights or name}: {reason}") from error
@@ -75,7 +75,8 @@ class OpenClip(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        device: torch.device = next(self.net.parameters()).device
+        return device
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:

