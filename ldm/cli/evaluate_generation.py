@@ -17,7 +17,7 @@ from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, RowSource, open_source
 from ldm.evaluation.distribution import Figure
-from ldm.evaluation.features import feature_net
+from ldm.evaluation.features import LookFeatures, feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
 from ldm.evaluation.reconstruction import Pictures
@@ -215,7 +215,8 @@ def judges(args: argparse.Namespace) -> Judges:
     try:
         features = None if name == "none" else feature_net(name, args.features_weights)
         flag, name = "--clip", args.clip
-        return Judges(args.features, features, None if name == "none" else OpenClip(name, args.clip_weights))
+        text_image = None if name == "none" else OpenClip(name, args.clip_weights)
+        return Judges(args.features, features, text_image, LookFeatures() if args.label_column else None)
     except ValueError as error:
         raise ValueError(f"{flag} {name}: {error}") from error
 

@@ -122,6 +122,24 @@ class TimmFeatures(nn.Module):
         return features
 
 
+class LookFeatures(nn.Module):
+    """How pictures are drawn rather than what they show: mean and deviation over space of each channel of the four
+    stages of EfficientNet-Lite0, the statistics that carry style (Huang and Belongie 2017, section 5).
+
+    Raises:
+        ValueError: the package with the weights is not installed; the sentence says which.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = EfficientNetFeatureDistance("efficientnet-lite0")
+        self.dim = int(self(torch.zeros(1, 3, 64, 64)).shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        stages = self.net.stages(x.float())
+        return torch.cat([moment for maps in stages for moment in (maps.mean((2, 3)), maps.std((2, 3)))], 1)
+
+
 FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip
 
 

@@ -34,10 +34,14 @@ PAIRS = 8
 
 
 class Vectors(NamedTuple):
-    """What the judges make of pictures: features [N, D], unit vectors beside captions [N, E]; 0 wide without one."""
+    """What the judges make of pictures; 0 wide without a judge.
+
+    `features` [N, D] for distances, unit vectors `joint` [N, E] beside captions, `look` [N, F] for labels.
+    """
 
     features: Tensor
     joint: Tensor
+    look: Tensor
 
     @classmethod
     def cat(cls, parts: Sequence[Vectors]) -> Vectors:
@@ -51,10 +55,11 @@ class Judges:
     name: str
     features: FeatureNet | None
     text_image: TextImageModel | None
+    look: FeatureNet | None = None
 
     def to(self, device: torch.device) -> Judges:
         """The same networks on a device."""
-        for net in (self.features, self.text_image):
+        for net in (self.features, self.text_image, self.look):
             if isinstance(net, nn.Module):
                 net.to(device)
         return self
@@ -64,7 +69,8 @@ class Judges:
         """Of images [B, 3, H, W] in [-1, 1], on the CPU."""
         empty = torch.zeros(len(x), 0)
         features = empty if self.features is None else self.features(x).float().cpu()
-        return Vectors(features, empty if self.text_image is None else self.text_image.images(x).float().cpu())
+        joint = empty if self.text_image is None else self.text_image.images(x).float().cpu()
+        return Vectors(features, joint, empty if self.look is None else self.look(x).float().cpu())
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class Comparison:
             found["clip_score"] = mean_figure(clip_scores(joint, self._texts[own]), weights, 0.0, 100.0)
             found["r_precision"] = mean_figure(r_precision(joint, self._texts, rows), weights, 0.0, 1.0)
         if self.label is not None and self._probe is not None:
-            right = self._probe.correct(judged.vectors.features, judged.labels)
+            right = self._probe.correct(judged.vectors.look, judged.labels)
             found[f"{self.label}_accuracy"] = mean_figure(right, weights, 0.0, 1.0)
         return found
 
@@ -214,9 +220,9 @@ class Comparison:
 
     @cached_property
     def _probe(self) -> LinearProbe | None:
-        if self.training is None or self.judges.features is None:
+        if self.training is None or self.judges.look is None:
             return None
-        return LinearProbe(self.training.vectors.features, self.training.labels)
+        return LinearProbe(self.training.vectors.look, self.training.labels)
 
     def _weights(self, count: int) -> Tensor:
         return resamplings(count, self.bootstrap, self.seed)

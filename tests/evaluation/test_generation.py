@@ -143,7 +143,7 @@ def test_labels_are_read_by_a_classifier_of_the_training_pictures() -> None:
             noise = colours[:, :2] / 2550
             return one_hot(numbers % 2, 2) + noise
 
-    judges = Judges("parity", Parity(), None)
+    judges = Judges("means", Means(), None, Parity())
     right, comparison = measured(Pipe(), 0, judges, label="parity")
     wrong, _ = measured(Pipe(shift=1), 0, judges, label="parity")
     assert right["parity_accuracy"].value == 1.0 and wrong["parity_accuracy"].value == 0.0
