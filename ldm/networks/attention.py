@@ -1,4 +1,4 @@
-"""Spatial transformer: self-attention, cross-attention, feed-forward (Rombach et al. 2022, section 3.3)."""
+"""The two ways in which a level attends: the spatial transformer, and attention to text and pixels at once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,40 @@ class Attention(nn.Module):
 
         `mask` is [B, 1, 1, L], with a True in every row.
         """
-        q, k, v = (self._split(a) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (_split_heads(a, self.heads) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
         out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = self.to_out[0](out.transpose(1, 2).flatten(2))
         return out
 
-    def _split(self, a: Tensor) -> Tensor:
-        return a.view(*a.shape[:2], self.heads, -1).transpose(1, 2)
+
+class JointAttention(nn.Module):
+    """Every pixel attends to the text and to all pixels in one softmax, added to the input (Nichol et al. 2022, GLIDE).
+
+    Diffusers' Attention with "added" keys and values.
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, norm_num_groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group_norm = nn.GroupNorm(norm_num_groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.add_k_proj = nn.Linear(context_dim, channels)
+        self.add_v_proj = nn.Linear(context_dim, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Maps [B, C, H, W] to [B, C, H, W]; `context` [B, L, D], `mask` [B, 1, 1, L] or None hides text only."""
+        pixels = _tokens(self.group_norm(x))
+        keys = torch.cat([self.add_k_proj(context), self.to_k(pixels)], dim=1)
+        values = torch.cat([self.add_v_proj(context), self.to_v(pixels)], dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (0, pixels.shape[1]), value=True)
+        q, k, v = (_split_heads(a, self.heads) for a in (self.to_q(pixels), keys, values))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = _pixels(self.to_out[0](out.transpose(1, 2).flatten(2)), x.shape[-2:]) + x
+        return x
 
 
 class GEGLU(nn.Module):
@@ -80,7 +107,10 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """Transformer blocks over the pixels of a feature map, between 1x1 projections, added to the input."""
+    """Transformer blocks over the pixels of a feature map, between 1x1 projections, added to the input.
+
+    The spatial transformer of Rombach et al. 2022, section 3.3.
+    """
 
     def __init__(
         self,
@@ -110,6 +140,11 @@ class Transformer2DModel(nn.Module):
         h = _pixels(self.proj_out(h), size) if self.linear_projection else self.proj_out(_pixels(h, size))
         x = h + x
         return x
+
+
+def _split_heads(a: Tensor, heads: int) -> Tensor:
+    """[B, N, heads * d] as [B, heads, N, d]."""
+    return a.view(*a.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _projection(channels: int, linear: bool) -> nn.Linear | nn.Conv2d:

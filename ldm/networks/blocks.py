@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Transformer2DModel
+from .attention import JointAttention, Transformer2DModel
 from .config import Level, UNetConfig
 from .embeddings import ACTIVATIONS
+
+Resample = Callable[[Tensor], Tensor]
+"""[B, C, H, W] to another height and width."""
 
 
 class ResnetBlock2D(nn.Module):
@@ -30,9 +36,16 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps [B, in, H, W] to [B, out, H, W]; `emb` [B, E] is the time embedding after its activation."""
-        h = self.conv1(self.activation(self.norm1(x)))
+    def forward(self, x: Tensor, emb: Tensor, resample: Resample | None = None) -> Tensor:
+        """Maps [B, in, H, W] to [B, out, H, W]; `emb` [B, E] is the time embedding after its activation.
+
+        `resample` changes the size of both branches, in the residual one before its first convolution (Brock et al.
+        2019, BigGAN, appendix B; Song et al. 2021b, appendix H).
+        """
+        h = self.activation(self.norm1(x))
+        if resample is not None:
+            x, h = resample(x), resample(h)
+        h = self.conv1(h)
         time = self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(self.activation(self._modulated_norm(h, time)))
         x = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -70,12 +83,12 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps [B, C, h, w] to [B, C, *size]."""
-        x = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        x = self.conv(_enlarged(x, size))
         return x
 
 
 class Stage(nn.Module):
-    """Resnets of the given input widths and, where the level attends, `attentions` transformers after them.
+    """Resnets of the given input widths and, where the level attends, `attentions` layers of attention after them.
 
     With `gradient_checkpointing` the backward pass recomputes what is inside a layer (Chen et al. 2016).
     """
@@ -85,17 +98,20 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.biggan = level.biggan
         self.resnets = nn.ModuleList(ResnetBlock2D(config, width, level.channels, output_scale) for width in inputs)
-        self.attentions = nn.ModuleList(
-            _transformer(config, level) for _ in range(attentions if level.depth > 0 else 0)
-        )
+        self.attentions = nn.ModuleList(_attention(config, level) for _ in range(attentions if level.depth > 0 else 0))
 
     def run_layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Resnet `index`, then transformer `index` if there is one: [B, in, H, W] to [B, C, H, W]."""
+        """Resnet `index`, then attention `index` if there is one: [B, in, H, W] to [B, C, H, W]."""
+        return self.run(self._layer, index, x, emb, context, mask)
+
+    def run(self, layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """`layer(*inputs)`, recomputed in the backward pass where the stage checkpoints."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(self._layer, index, x, emb, context, mask, use_reentrant=False)
+            x: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
             return x
-        return self._layer(index, x, emb, context, mask)
+        return layer(*inputs)
 
     def _layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[index](x, emb)
@@ -103,13 +119,19 @@ class Stage(nn.Module):
 
 
 class DownBlock2D(Stage):
-    """One level of the contracting path; diffusers' DownBlock2D and CrossAttnDownBlock2D."""
+    """One level of the contracting path.
+
+    Diffusers' DownBlock2D and CrossAttnDownBlock2D, or ResnetDownsampleBlock2D and SimpleCrossAttnDownBlock2D.
+    """
 
     def __init__(self, config: UNetConfig, level: Level, in_channels: int, downsample: bool) -> None:
         inputs = [in_channels] + [level.channels] * (level.layers - 1)
         super().__init__(config, level, inputs, attentions=level.layers)
         self.downsamplers = nn.ModuleList(
-            Downsample2D(level.channels, config.downsample_padding) for _ in range(downsample)
+            ResnetBlock2D(config, level.channels, level.channels)
+            if level.biggan
+            else Downsample2D(level.channels, config.downsample_padding)
+            for _ in range(downsample)
         )
 
     def forward(
@@ -121,15 +143,15 @@ class DownBlock2D(Stage):
             x = self.run_layer(index, x, emb, context, mask)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = self.run(downsample, x, emb, _halved) if self.biggan else downsample(x)
             skips.append(x)
         return x, skips
 
 
 class MidBlock2D(Stage):
-    """The bottleneck: resnet, transformer, resnet, or one resnet alone.
+    """The bottleneck: resnet, attention, resnet, or one resnet alone.
 
-    Diffusers' UNetMidBlock2DCrossAttn and UNetMidBlock2D.
+    Diffusers' UNetMidBlock2DCrossAttn or UNetMidBlock2DSimpleCrossAttn, and UNetMidBlock2D.
     """
 
     def __init__(self, config: UNetConfig, level: Level) -> None:
@@ -144,8 +166,9 @@ class MidBlock2D(Stage):
 
 
 class UpBlock2D(Stage):
-    """One level of the expanding path; diffusers' UpBlock2D and CrossAttnUpBlock2D.
+    """One level of the expanding path.
 
+    Diffusers' UpBlock2D and CrossAttnUpBlock2D, or ResnetUpsampleBlock2D and SimpleCrossAttnUpBlock2D.
     `in_channels` is the width of what comes from below, `skip_channels` that of the next finer level.
     """
 
@@ -154,7 +177,10 @@ class UpBlock2D(Stage):
         skips = [level.channels] * level.layers + [skip_channels]
         inputs = [a + b for a, b in zip(below, skips, strict=True)]
         super().__init__(config, level, inputs, attentions=len(inputs))
-        self.upsamplers = nn.ModuleList(Upsample2D(level.channels) for _ in range(upsample))
+        self.upsamplers = nn.ModuleList(
+            ResnetBlock2D(config, level.channels, level.channels) if level.biggan else Upsample2D(level.channels)
+            for _ in range(upsample)
+        )
 
     def forward(
         self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None, mask: Tensor | None
@@ -163,11 +189,24 @@ class UpBlock2D(Stage):
         for index in range(len(self.resnets)):
             x = self.run_layer(index, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
         for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[-2:])
+            size = skips[-1].shape[-2:]
+            x = self.run(upsample, x, emb, partial(_enlarged, size=size)) if self.biggan else upsample(x, size)
         return x
 
 
-def _transformer(config: UNetConfig, level: Level) -> Transformer2DModel:
+def _halved(x: Tensor) -> Tensor:
+    """The means of blocks of 2 x 2: [B, C, H, W] to [B, C, floor(H/2), floor(W/2)]."""
+    return F.avg_pool2d(x, 2)
+
+
+def _enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest neighbours: [B, C, h, w] to [B, C, *size]."""
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def _attention(config: UNetConfig, level: Level) -> Transformer2DModel | JointAttention:
+    if level.biggan:
+        return JointAttention(level.channels, level.heads, level.context_dim, config.norm_num_groups)
     return Transformer2DModel(
         level.channels,
         level.heads,

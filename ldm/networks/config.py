@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal
 
-DownBlockType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
-UpBlockType = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
+DownBlockType = Literal["CrossAttnDownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"]
+MidBlockType = Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn"]
+UpBlockType = Literal["CrossAttnUpBlock2D", "UpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"]
 
 FIXED_KEYS: Mapping[str, object] = types.MappingProxyType(
     {
@@ -41,13 +42,18 @@ FIXED_KEYS: Mapping[str, object] = types.MappingProxyType(
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the U-Net; `depth` 0 means that it has no transformers."""
+    """One resolution of the U-Net; `depth` 0 means that it has no attention.
+
+    With `biggan` its residual blocks resample (Brock et al. 2019) and its attention is the joint one of GLIDE (Nichol
+    et al. 2022), `depth` 1; otherwise convolutions resample and its attention is that of `depth` transformer blocks.
+    """
 
     channels: int
     layers: int
     depth: int
     heads: int
     context_dim: int
+    biggan: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ class UNetConfig:
     """Architecture of the U-Net; field names, meanings and defaults are diffusers' UNet2DConditionModel's.
 
     A field that takes an int or a tuple gives one value for all levels or one a level, finest level first.
-    `attention_head_dim` is, as in diffusers, the number of heads. `upcast_attention` is kept for exchange:
-    `scaled_dot_product_attention` accumulates in fp32 whatever the dtype of its inputs.
+    `attention_head_dim` is, as in diffusers, the number of heads, and the width of one in the blocks of names with
+    "Simple". `upcast_attention` is kept for exchange: `scaled_dot_product_attention` accumulates in fp32 whatever the
+    dtype of its inputs.
 
     Raises:
         ValueError: one sentence naming the key, its value and what is accepted.
@@ -74,7 +81,7 @@ class UNetConfig:
         "CrossAttnDownBlock2D",
         "DownBlock2D",
     )
-    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = "UNetMidBlock2DCrossAttn"
+    mid_block_type: MidBlockType | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[UpBlockType, ...] = (
         "UpBlock2D",
         "CrossAttnUpBlock2D",
@@ -104,8 +111,9 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for key, hint in _hints().items():
             _check_value(key, getattr(self, key), hint)
-        self._check_levels()
-        self._check_divisors()
+        self._check_lengths()
+        self._check_groups()
+        self.levels()
         self._check_embeddings()
 
     @classmethod
@@ -134,30 +142,47 @@ class UNetConfig:
 
     def down_levels(self) -> list[Level]:
         """The levels of the contracting path, finest first."""
-        return [self._level(i, name == "CrossAttnDownBlock2D") for i, name in enumerate(self.down_block_types)]
+        return [self._level(i, name, i) for i, name in enumerate(self.down_block_types)]
 
     def up_levels(self) -> list[Level]:
         """The levels of the expanding path, coarsest first: the order in which they run."""
         last = len(self.up_block_types) - 1
-        return [self._level(last - i, name == "CrossAttnUpBlock2D") for i, name in enumerate(self.up_block_types)]
+        # diffusers reads the widths of heads from the start here, although the levels run from the end
+        return [
+            self._level(last - i, name, i if "Simple" in name else last - i)
+            for i, name in enumerate(self.up_block_types)
+        ]
 
     def mid_level(self) -> Level:
         """The bottleneck: the coarsest level's widths."""
-        return self._level(len(self.block_out_channels) - 1, self.mid_block_type == "UNetMidBlock2DCrossAttn")
+        last = len(self.block_out_channels) - 1
+        return self._level(last, self.mid_block_type or "", last)
 
-    def _level(self, index: int, attends: bool) -> Level:
-        def pick(value: int | tuple[int, ...]) -> int:
+    def levels(self) -> list[Level]:
+        """All of them, in the order in which they run."""
+        return [*self.down_levels(), self.mid_level(), *self.up_levels()]
+
+    def _level(self, index: int, block_type: str, head_index: int) -> Level:
+        def pick(value: int | tuple[int, ...], index: int = index) -> int:
             return value if isinstance(value, int) else value[index]
 
+        channels, head_dim = self.block_out_channels[index], pick(self.attention_head_dim, head_index)
+        simple, attends = "Simple" in block_type, "CrossAttn" in block_type
+        _require(
+            not attends or channels % head_dim == 0,
+            f"`attention_head_dim`, the {'width of a head' if simple else 'number of heads'}, is {head_dim} on a level "
+            f"of {channels} channels; it must divide them",
+        )
         return Level(
-            channels=self.block_out_channels[index],
+            channels=channels,
             layers=pick(self.layers_per_block),
-            depth=pick(self.transformer_layers_per_block) if attends else 0,
-            heads=pick(self.attention_head_dim),
+            depth=(1 if simple else pick(self.transformer_layers_per_block)) if attends else 0,
+            heads=channels // head_dim if simple else head_dim,
             context_dim=pick(self.cross_attention_dim),
+            biggan=simple or block_type.startswith("Resnet"),
         )
 
-    def _check_levels(self) -> None:
+    def _check_lengths(self) -> None:
         levels = len(self.block_out_channels)
         _require(levels > 0, "`block_out_channels` is (); it must have at least 1 entry")
         for key in _hints():
@@ -165,18 +190,12 @@ class UNetConfig:
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"`{key}` is {value!r}; `block_out_channels` asks for {levels} entries")
 
-    def _check_divisors(self) -> None:
+    def _check_groups(self) -> None:
         for channels in self.block_out_channels:
             _require(
                 channels % self.norm_num_groups == 0,
                 f"`block_out_channels` has {channels}; it must be a multiple of `norm_num_groups`, "
                 f"which is {self.norm_num_groups}",
-            )
-        for level in (*self.down_levels(), self.mid_level(), *self.up_levels()):
-            _require(
-                level.depth == 0 or level.channels % level.heads == 0,
-                f"`attention_head_dim`, the number of heads, is {level.heads} on a level of {level.channels} "
-                f"channels; it must divide them",
             )
 
     def _check_embeddings(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .attention import Transformer2DModel
+from .attention import JointAttention, Transformer2DModel
 from .blocks import DownBlock2D, MidBlock2D, ResnetBlock2D, Stage, UpBlock2D
 from .config import UNetConfig
 from .embeddings import ACTIVATIONS, TextTimeEmbedding, TimestepEmbedding, sinusoidal_embedding
@@ -43,7 +43,7 @@ class UNet(nn.Module):
         self.down_blocks = _down_blocks(config)
         self.mid_block = None if config.mid_block_type is None else MidBlock2D(config, config.mid_level())
         self.up_blocks = _up_blocks(config)
-        self.attends = any(isinstance(module, Transformer2DModel) for module in self.modules())
+        self.attends = any(level.depth > 0 for level in config.levels())
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
@@ -102,7 +102,7 @@ class UNet(nn.Module):
         """A network to train, on the generator's device, a function of the generator alone.
 
         Weights and biases are uniform in ±1/sqrt(fan_in), class embeddings standard normal. The last layer of
-        every resnet, of every transformer and of the network is zero (Dhariwal & Nichol 2021), so that blocks
+        every resnet, of all attention and of the network is zero (Dhariwal & Nichol 2021), so that blocks
         start as the identity and the first prediction is zero.
         """
         with torch.device("meta"):
@@ -272,8 +272,11 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         module.reset_parameters()
 
 
+_LAST_LAYERS = {UNet: "conv_out", ResnetBlock2D: "conv2", Transformer2DModel: "proj_out", JointAttention: "to_out"}
+
+
 def _zero_last_layer(module: nn.Module) -> None:
-    last = {UNet: "conv_out", ResnetBlock2D: "conv2", Transformer2DModel: "proj_out"}.get(type(module))
+    last = _LAST_LAYERS.get(type(module))
     if last is not None:
         for parameter in module.get_submodule(last).parameters():
             parameter.zero_()

@@ -94,6 +94,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "no_middle": {**TWO_LEVELS, "mid_block_type": None},
     "guidance_embedding": {**TWO_LEVELS, "time_cond_proj_dim": 6},
+    "biggan": {
+        **TWO_LEVELS,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "attention_head_dim": 16,
+        "resnet_time_scale_shift": "scale_shift",
+    },
+    "biggan_attends_everywhere": {
+        **THREE_LEVELS,
+        "down_block_types": ("SimpleCrossAttnDownBlock2D",) * 3,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": (4, 8, 16),
+        "layers_per_block": (2, 1, 2),
+        "out_channels": 8,
+    },
+    "biggan_without_attention": {
+        **TWO_LEVELS,
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    },
+    "biggan_among_others": {
+        **THREE_LEVELS,
+        "down_block_types": ("ResnetDownsampleBlock2D", CROSS_DOWN, "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": (CROSS_UP, "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": 8,
+    },
     "rare_options": {
         **TWO_LEVELS,
         "act_fn": "mish",
@@ -259,6 +289,8 @@ def run_diffusers(
 @pytest.mark.parametrize("size", [(8, 8), (13, 10)], ids=["even", "odd"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_output_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    if name.startswith("biggan") and size == (13, 10):
+        size = (12, 20)  # diffusers' blocks that resample only double
     ours, theirs = pair(CONFIGS[name])
     x, t = normal(BATCH, ours.config.in_channels, *size), torch.tensor([1, 837])
     context = normal(BATCH, LENGTH, WIDTH, seed=2) if ours.attends else None
@@ -270,7 +302,7 @@ def test_output_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "scale_shift"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "scale_shift", "biggan"])
 def test_parameter_gradients_equal_diffusers(name: str) -> None:
     ours, theirs = pair(CONFIGS[name])
     x, t, context = normal(BATCH, 4, 8, 8), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2)
@@ -322,8 +354,16 @@ def test_rows_are_independent() -> None:
     torch.testing.assert_close(both[1:], second, atol=1e-5, rtol=0)
 
 
-def test_masked_tokens_have_no_influence() -> None:
-    ours, theirs = pair(CONFIGS["sd1"])
+def test_blocks_that_resample_take_odd_sizes() -> None:
+    ours, _ = pair(CONFIGS["biggan"])
+    with torch.no_grad():
+        out = ours(normal(BATCH, 4, 13, 9), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2))
+    assert out.shape == (BATCH, 4, 13, 9) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd1", "biggan"])
+def test_masked_tokens_have_no_influence(name: str) -> None:
+    ours, theirs = pair(CONFIGS[name])
     x, t, context = normal(BATCH, 4, 8, 8), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2)
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])
     changed = context.clone()
@@ -370,7 +410,7 @@ def test_residuals_equal_diffusers_controlnet_inputs() -> None:
         ours(x, 100, context, residuals=residuals[:2])
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "no_middle"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "no_middle", "biggan"])
 def test_checkpointing_recomputes_and_keeps_gradients(name: str) -> None:
     ours, _ = pair(CONFIGS[name])
     x, t, context = normal(BATCH, 4, 8, 8), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2)
@@ -398,7 +438,7 @@ def test_channels_last_gives_the_same_output() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl", "class_labels"])
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "class_labels", "biggan"])
 def test_saved_folder_is_read_by_diffusers(name: str, tmp_path: Path) -> None:
     ours, theirs = pair(CONFIGS[name])
     ours.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
@@ -488,10 +528,10 @@ def test_from_scratch_is_a_function_of_the_generator() -> None:
     assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "class_labels", "guidance_embedding"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "class_labels", "guidance_embedding", "biggan"])
 def test_from_scratch_has_torch_layer_statistics_and_zero_last_layers(name: str) -> None:
     config = UNetConfig(**CONFIGS[name])
-    last = ("conv_out.", ".conv2.", ".proj_out.")
+    last = ("conv_out.", ".conv2.", ".proj_out.", *((".to_out.",) if name == "biggan" else ()))
     scratch = UNet.from_scratch(config, rng()).named_parameters()
     for (key, parameter), reference in zip(scratch, UNet(config).parameters(), strict=True):
         if any(part in f".{key}" for part in last):
@@ -593,6 +633,10 @@ def test_config_reads_diffusers_private_and_default_keys() -> None:
             r"`attention_head_dim` is \(8, 8\); `block_out_channels` asks for 4",
         ),
         ({"attention_head_dim": 7}, "`attention_head_dim`, the number of heads, is 7 on a level of 320"),
+        (
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "attention_head_dim": [8, 8, 8, 4096]},
+            "`attention_head_dim`, the width of a head, is 4096 on a level of 1280",
+        ),
         ({"norm_num_groups": 48}, "`block_out_channels` has 320; it must be a multiple of `norm_num_groups`"),
         ({"addition_embed_type": "text_time"}, "`addition_time_embed_dim` is None"),
         ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim` is None"),
