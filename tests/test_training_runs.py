@@ -22,7 +22,7 @@ from ldm.data.shapes import ShapesDataset
 from ldm.data.transforms import to_tensor
 from ldm.networks import LatentClassifier
 from ldm.pretrained import read_diffusion
-from ldm.process import DiffusionConfig, FlowConfig
+from ldm.process import DiffusionConfig, FlowConfig, VeConfig
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -593,6 +593,27 @@ def test_a_flow_is_trained_and_drawn(flow: Path, tmp_path: Path) -> None:
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     report = generate.run(["-p", "two", "-m", str(flow / "export"), "-o", str(tmp_path / "flow.png"), "--json"])
     assert report["settings"]["sampler"] == "euler" and (tmp_path / "flow.png").is_file()
+
+
+def test_a_variance_exploding_process_is_trained_and_drawn(
+    workshop: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    config = {
+        **STAGE_TWO,
+        "autoencoder": str(tiny_model_folder),
+        "diffusion": {"type": "ve", "num_train_timesteps": 100},
+        "objective": {"timestep_sampling": "importance"},
+        "validation": {"num_inference_steps": 2, "steps": STEPS, "sampler": "heun"},
+    }
+    run = workshop / "ve"
+    done = train("train_ldm.py", "--config", config_file(run, config))
+    assert done.returncode == 0, done.stderr
+    assert read_diffusion(run / "export") == VeConfig("ve", num_train_timesteps=100)
+    for sampler in ("langevin", "predictor_corrector"):
+        target = tmp_path / f"{sampler}.png"
+        flags = ["--sampler", sampler, "--steps", "3"]
+        generate.run(["-p", "two", "-m", str(run / "export"), "-o", str(target), "--json", *flags])
+        assert target.is_file()
 
 
 def test_a_classifier_is_trained_on_the_latents_of_a_run_and_followed(

@@ -18,6 +18,7 @@ from ldm.config.text_encoders import ScratchClip, TextEncoderConfig
 from ldm.networks.config import UNetConfig
 from ldm.process.flow import FlowConfig
 from ldm.process.schedule import DiffusionConfig
+from ldm.process.ve import VeConfig
 from ldm.process.weighting import Weighting
 from ldm.sampling import named_sampler
 
@@ -131,7 +132,7 @@ class LdmTraining:
     latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ScratchClip)
     unet: UNetConfig = field(default_factory=UNetConfig)
-    diffusion: DiffusionConfig | FlowConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig | FlowConfig | VeConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -161,7 +162,7 @@ class LdmTraining:
     def _check_timesteps(self) -> None:
         sampling, shift = self.objective.timestep_sampling, self.objective.time_shift
         require(
-            sampling != "importance" or isinstance(self.diffusion, DiffusionConfig),
+            sampling != "importance" or not isinstance(self.diffusion, FlowConfig),
             "`objective.timestep_sampling` is importance with `diffusion.type` flow, whose times are continuous; it "
             "must be uniform or logit_normal",
         )

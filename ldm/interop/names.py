@@ -82,8 +82,8 @@ def unet_names(config: UNetConfig) -> Names:
         )
     if any(level.biggan for level in config.levels()):
         raise ValueError(
-            f"`down_block_types` is {list(config.down_block_types)} and `up_block_types` {list(config.up_block_types)}; "
-            "the original layout has no residual blocks that resample"
+            f"`down_block_types` is {list(config.down_block_types)} and `up_block_types` "
+            f"{list(config.up_block_types)}; the original layout has no residual blocks that resample"
         )
     table = UNET_ENDS | (TEXT_TIME if config.addition_embed_type else {})
     table |= _nested("mid_block.resnets.0.", "middle_block.0.", UNET_RESNET)

@@ -46,7 +46,7 @@ from ldm.process.schedule import (
 )
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing, timesteps
 from ldm.process.unit_variance import UnitVariance, at_unit_variance
-from ldm.process.ve import VarianceExploding
+from ldm.process.ve import VarianceExploding, VeConfig
 from ldm.process.weighting import (
     WEIGHTINGS,
     Weighting,
@@ -87,6 +87,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "VarianceType",
+    "VeConfig",
     "Weighting",
     "at_unit_variance",
     "bits_per_dim",

@@ -37,6 +37,11 @@ class RectifiedFlow:
         """The standard deviation of x_t at the last timestep, where sampling starts."""
         return 1.0
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """T - 1 and 1."""
+        return float(self.num_train_timesteps - 1), 1.0
+
     def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """1 - t/T, the factor of x0, of t's shape and device."""
         return (1 - self._time(t)).to(t.device, dtype)

@@ -45,6 +45,11 @@ class Schedule(Protocol):
         """The standard deviation of x_t at the last timestep, where sampling starts."""
         ...
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The noisiest and the cleanest timestep of finite signal-to-noise ratio that the network was trained on."""
+        ...
+
     def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The factor of x0, of t's shape and device."""
         ...
@@ -79,11 +84,6 @@ class VariancePreserving(Schedule, Protocol):
     @property
     def final_alpha_bar(self) -> float:
         """Where DDIM's last step ends."""
-        ...
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The noisiest and the cleanest timestep of finite signal-to-noise ratio that the network was trained on."""
         ...
 
     def alpha_bar_path(self, timesteps: Tensor, final: float) -> Tensor:

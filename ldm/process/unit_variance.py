@@ -37,8 +37,8 @@ class UnitVariance:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """T - 1 and 1."""
-        return float(self.num_train_timesteps - 1), 1.0
+        """Those of the process."""
+        return self.process.ends
 
     def norm(self, t: Tensor, like: Tensor) -> Tensor:
         """sqrt(alpha² + sigma²) at t [B], as [B, 1, ...] to broadcast over `like` [B, ...], and like it."""

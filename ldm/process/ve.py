@@ -1,13 +1,18 @@
-"""The variance exploding process of score matching: x_t = x0 + sigma·eps (Song & Ermon 2019)."""
+"""The variance exploding process of score matching: x_t = x0 + sigma·eps (Song & Ermon 2019; Song et al. 2021b)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ldm.process.prediction import check_choice
+from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
+from ldm.process.spacing import timesteps as spaced_timesteps
 from ldm.process.tables import check_timesteps, over, timestep_of, value_at
 
 
@@ -48,6 +53,11 @@ class VarianceExploding:
         """The standard deviation of x_t at the last timestep, where sampling starts: the largest sigma."""
         return float(self.sigmas[-1])
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """T - 1 and 0."""
+        return float(self.num_train_timesteps - 1), 0.0
+
     def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """1, the factor of x0, of t's shape and device."""
         return torch.ones_like(self._log_sigma(t)).to(t.device, dtype)
@@ -77,3 +87,61 @@ class VarianceExploding:
         t = t.detach().cpu()
         check_timesteps(t, self.num_train_timesteps - 1)
         return value_at(self.sigmas.log(), t)
+
+
+VE_CLASS = "ScoreSdeVeScheduler"
+VePrediction = Literal["epsilon", "sample"]
+VE_PREDICTIONS: tuple[VePrediction, ...] = get_args(VePrediction)
+
+
+@dataclass(frozen=True)
+class VeConfig:
+    """A variance exploding process of geometric noise levels as the process of a model.
+
+    The network sees x_t as it is and is told the index t. With "epsilon", L_simple is the denoising score matching loss
+    weighted by sigma² (Song & Ermon 2019, eq. 5-6), because score = -eps/sigma. `sigma_max` should be about the largest
+    distance of two latents (Song & Ermon 2020, technique 1); `type` tells it from a beta table in a config file. Raises
+    ValueError for values out of range.
+    """
+
+    type: Literal["ve"]
+    num_train_timesteps: int = 1000
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    prediction_type: VePrediction = "epsilon"
+    timestep_spacing: TimestepSpacing = "linspace"
+    variance_type: ClassVar[Literal["fixed_small"]] = "fixed_small"
+
+    def __post_init__(self) -> None:
+        check_choice("prediction_type", self.prediction_type, VE_PREDICTIONS)
+        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; accepted: at least 2")
+        self.schedule()
+
+    def schedule(self) -> VarianceExploding:
+        """The process."""
+        return VarianceExploding.geometric(self.sigma_min, self.sigma_max, self.num_train_timesteps)
+
+    def timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
+        """The timesteps of a sampler, see `ldm.process.spacing`; `spacing` None is the model's own."""
+        return spaced_timesteps(num_steps, self.num_train_timesteps, spacing or self.timestep_spacing)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> VeConfig:
+        """Read a scheduler_config.json of diffusers' ScoreSdeVeScheduler with our `prediction_type`.
+
+        Raises ValueError for another class, and without the `prediction_type`: networks made for that scheduler itself
+        are told sigma and give the score.
+        """
+        check_choice("_class_name", config.get("_class_name"), (VE_CLASS,))
+        check_choice("prediction_type", config.get("prediction_type"), VE_PREDICTIONS)
+        known = ("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "timestep_spacing")
+        defaults = {"num_train_timesteps": 2000, "sigma_max": 1348.0}
+        return cls(type="ve", **defaults | {key: config[key] for key in known if key in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scheduler_config.json of diffusers' ScoreSdeVeScheduler; prediction type and spacing are our own keys."""
+        values = asdict(self)
+        del values["type"]
+        return {"_class_name": VE_CLASS, **values}

@@ -23,6 +23,7 @@ from ldm.process import (
     FlowConfig,
     LossHistory,
     Objective,
+    VeConfig,
     hybrid_loss,
     offset_noise,
     perturbed_noise,
@@ -127,6 +128,17 @@ def test_a_rectified_flow_with_shifted_times(config: Any, step: Any) -> None:
     torch.testing.assert_close(terms.loss, (network.raw - (eps - x0)).square().mean())
 
 
+def test_a_variance_exploding_process(config: Any, step: Any) -> None:
+    chosen = config("--diffusion.type", "ve", "--diffusion.num_train_timesteps", "41", "--diffusion.sigma_max", "40")
+    assert chosen.diffusion == VeConfig("ve", num_train_timesteps=41, sigma_max=40.0)
+    _, network, terms, x0 = step(chosen)
+    _, eps, u = draws()
+    assert torch.equal(network.t, (u.double() * 41).long())
+    sigma = 0.01 * 4000 ** (network.t / 40)
+    torch.testing.assert_close(network.x_t, x0 + sigma.reshape(-1, 1, 1, 1) * eps)
+    torch.testing.assert_close(terms.loss, (network.raw - eps).square().mean())
+
+
 @pytest.mark.parametrize("beta_schedule", ["sigmoid", "squaredcos_cap_v2"])
 def test_other_tables(config: Any, step: Any, beta_schedule: str) -> None:
     flags = ["--diffusion.beta_schedule", beta_schedule, "--diffusion.shift", "2"]
@@ -188,8 +200,9 @@ def test_importance_weights_undo_the_distribution() -> None:
     assert torch.equal(again.draw(u, 0)[0], t)
 
 
-def test_settings_survive_the_way_into_a_run_folder(config: Any, tmp_path: Path) -> None:
-    chosen = config("--diffusion.type", "flow", "--diffusion.num_train_timesteps", "500")
+@pytest.mark.parametrize("process", ["flow", "ve"])
+def test_settings_survive_the_way_into_a_run_folder(config: Any, tmp_path: Path, process: str) -> None:
+    chosen = config("--diffusion.type", process, "--diffusion.num_train_timesteps", "500")
     (tmp_path / "again.yaml").write_text(dump_config(chosen))
     assert load_config(LdmTraining, tmp_path / "again.yaml") == chosen
 
@@ -197,8 +210,22 @@ def test_settings_survive_the_way_into_a_run_folder(config: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--diffusion.type", "sde"], "`diffusion.type` is 'sde'; it must be one of flow"),
+        (["--diffusion.type", "sde"], "`diffusion.type` is 'sde'; it must be one of flow, ve"),
         (["--diffusion.type", "flow", "--diffusion.beta_start", "0.1"], "`diffusion.beta_start` is not a key"),
+        (["--diffusion.type", "ve", "--diffusion.beta_end", "0.1"], "`diffusion.beta_end` is not a key"),
+        (
+            ["--diffusion.type", "ve", "--diffusion.prediction_type", "v_prediction"],
+            "`diffusion.prediction_type` is 'v_prediction'; it must be one of epsilon, sample",
+        ),
+        (
+            ["--diffusion.type", "ve", "--diffusion.variance_type", "learned_range"],
+            "`diffusion.variance_type` is not a key",
+        ),
+        (
+            ["--diffusion.type", "ve", "--diffusion.sigma_max", "0.001"],
+            "`diffusion`: sigma_min is 0.01 and sigma_max 0.001; accepted: 0 < sigma_min < sigma_max",
+        ),
+        (["--diffusion.type", "ve", "--diffusion.num_train_timesteps", "1"], "num_train_timesteps is 1; accepted"),
         (
             ["--diffusion.type", "flow", "--objective.timestep_sampling", "importance"],
             "`objective.timestep_sampling` is importance with `diffusion.type` flow",
