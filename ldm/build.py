@@ -312,6 +312,11 @@ def build_unet(config: LdmTraining, latent_channels: int, text_encoder: TextEnco
         "cross_attention_dim": ("text encoder's width", text_encoder.context_dim),
         POOLED_KEY: (POOLED, pooled_inputs(unet, text_encoder)),
     }
+    for key in ("class_embed_type", "num_class_embeds"):
+        if getattr(unet, key) is not None:
+            raise ConfigError(
+                f"`unet.{key}` is {getattr(unet, key)}; stage two has captions and no classes: leave it out"
+            )
     for key, (source, wanted) in fitting.items():
         if getattr(unet, key) != wanted:
             raise ConfigError(f"`unet.{key}` is {getattr(unet, key)}, but the {source} is {wanted}")

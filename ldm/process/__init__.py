@@ -19,9 +19,10 @@ from ldm.process.config import ProcessConfig, process_from_dict
 from ldm.process.flow import FlowConfig, RectifiedFlow, time_shift
 from ldm.process.importance import LossHistory
 from ldm.process.likelihood import PROBES, Probe, bits_per_dim, draw_probe, ode_log_likelihood
-from ldm.process.noise import TrainingNoise, offset_noise, perturbed_noise
+from ldm.process.noise import TrainingNoise, offset_noise, perturbed_noise, randn_rows
 from ldm.process.objective import NoisedExample, Objective
 from ldm.process.posterior import (
+    eps_error_weight,
     interpolated_log_variance,
     log_variance_table,
     model_variance,
@@ -95,6 +96,7 @@ __all__ = [
     "debiased_weight",
     "discretized_log_likelihood",
     "draw_probe",
+    "eps_error_weight",
     "finite_log_snr",
     "fixed_variance",
     "from_x0_eps",
@@ -119,6 +121,7 @@ __all__ = [
     "process_from_dict",
     "q_sample",
     "q_step",
+    "randn_rows",
     "snr_truncated_weight",
     "time_shift",
     "timesteps",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.process.objective import NoisedExample, Objective
 from ldm.process.posterior import (
+    MODEL_VARIANCES,
     ModelVariance,
     interpolated_log_variance,
     log_variance_table,
@@ -119,7 +120,7 @@ def learned_step(
     alpha_bars = _alpha_bars(schedule, t, x_t)
     alpha, sigma = alpha_bars[0].sqrt(), (1 - alpha_bars[0]).sqrt()
     x0 = to_x0_eps(prediction.double(), x_t.double(), alpha, sigma, prediction_type).x0
-    small, large = (_at(log_variance_table(schedule.alphas_cumprod, kind), t, x_t) for kind in _BOUNDS)
+    small, large = (_at(log_variance_table(schedule.alphas_cumprod, kind), t, x_t) for kind in MODEL_VARIANCES)
     return ReverseStep(
         posterior_mean(x0, x_t.double(), *alpha_bars), interpolated_log_variance(place.double(), small, large)
     )
@@ -193,9 +194,6 @@ def hybrid_loss(
     step = learned_step(frozen, noised.x_t, noised.t, schedule, objective.prediction_type)
     term = bound_term(x0, noised.x_t, noised.t, step, schedule, levels=levels)
     return objective.loss(prediction, noised) + vlb_weight * schedule.num_train_timesteps * term.to(raw.dtype)
-
-
-_BOUNDS: tuple[ModelVariance, ModelVariance] = ("fixed_small", "fixed_large")
 
 
 def _halves(raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

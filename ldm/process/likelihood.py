@@ -1,4 +1,4 @@
-"""Exact likelihoods by the probability-flow ODE (Song et al. 2021, appendix D.2).
+"""Exact likelihoods by the probability-flow ODE (Song et al. 2021b, appendix D.2).
 
 In y = x/alpha and s = sigma/alpha the ODE of every process x_t = alpha·x0 + sigma·eps is dy/ds = eps(x, t). Along it
 d log p(y)/ds = -tr(d eps/d y), whose integral is eq. 39; the trace is estimated by v·(d eps/d y)v (eq. 40). What is

@@ -1,4 +1,4 @@
-"""Changes to the noise of training: pure functions on eps ~ N(0, I), one generator a row."""
+"""Noise with one generator an image, and the changes that training makes to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def randn_rows(
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """N(0, I) of `shape` [B, ...]: row i is drawn in float32 on the CPU from `generators[i]`, then moved.
+
+    So an image never depends on its place in a batch. Raises ValueError unless there are B generators.
+    """
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}; accepted: one an image")
+    rows = [torch.randn(tuple(shape[1:]), generator=generator) for generator in generators]
+    return torch.stack(rows).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class TrainingNoise:
 
     def draw(self, shape: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The target's eps and the noise of x_t: float32 [B, C, ...] on the CPU, row i from `generators[i]`."""
-        eps = _rows(torch.empty(tuple(shape)), tuple(shape[1:]), generators)
+        eps = randn_rows(shape, generators)
         if self.offset > 0:
             eps = offset_noise(eps, self.offset, generators)
         return eps, perturbed_noise(eps, self.perturbation, generators) if self.perturbation > 0 else eps
@@ -39,7 +55,7 @@ def offset_noise(eps: Tensor, strength: float, generators: Sequence[torch.Genera
     the strength `noise_offset`. Row i draws from `generators[i]`, on the CPU. Raises ValueError unless there are B.
     """
     one_a_channel = (*eps.shape[1:2], *[1] * (eps.ndim - 2))
-    return eps + strength * _rows(eps, one_a_channel, generators)
+    return eps + strength * randn_rows((len(eps), *one_a_channel), generators).to(eps)
 
 
 def perturbed_noise(eps: Tensor, strength: float, generators: Sequence[torch.Generator]) -> Tensor:
@@ -48,10 +64,4 @@ def perturbed_noise(eps: Tensor, strength: float, generators: Sequence[torch.Gen
     Input perturbation (Ning et al. 2023, algorithm 1; strength 0.1 there): `Objective.noise_at` takes it as
     `input_eps`. Generators as in `offset_noise`.
     """
-    return eps + strength * _rows(eps, tuple(eps.shape[1:]), generators)
-
-
-def _rows(eps: Tensor, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    if len(generators) != len(eps):
-        raise ValueError(f"{len(generators)} generators for a batch of {len(eps)}; accepted: one an image")
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(eps)
+    return eps + strength * randn_rows(eps.shape, generators).to(eps)

@@ -16,6 +16,7 @@ from ldm.process.prediction import check_choice
 
 ModelVariance = Literal["fixed_small", "fixed_large"]
 MODEL_VARIANCES: tuple[ModelVariance, ...] = get_args(ModelVariance)
+"""The smallest and the largest that the exact reverse step can have (Ho et al. 2020, section 3.2)."""
 
 
 def q_sample(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -45,6 +46,15 @@ def p_mean_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev:
     """mu_theta, the mean of p(x_{t-1} | x_t) from noise; needs alpha_bar > 0 (Ho et al. 2020, eq. 11)."""
     alpha_t = alpha_bar / alpha_bar_prev
     return (x_t - (1 - alpha_t) / (1 - alpha_bar).sqrt() * eps) / alpha_t.sqrt()
+
+
+def eps_error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, variance: Tensor) -> Tensor:
+    """The factor of |eps - eps_theta|² in the bound's L_{t-1} in nats, beta²/(2·sigma_t²·alpha_t·(1 - alpha_bar)).
+
+    Ho et al. 2020, eq. 12, for p(x_{t-1} | x_t) of the given `variance` sigma_t²; L_simple (eq. 14) leaves it out.
+    """
+    alpha_t = alpha_bar / alpha_bar_prev
+    return (1 - alpha_t) ** 2 / (2 * variance * alpha_t * (1 - alpha_bar))
 
 
 def interpolated_log_variance(raw: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class VarianceExploding:
 
     @classmethod
     def geometric(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int) -> VarianceExploding:
-        """A constant ratio of neighbours (Song & Ermon 2019, section 4.2; Song et al. 2021, appendix C)."""
+        """A constant ratio of neighbours (Song & Ermon 2019, section 4.2; Song et al. 2021b, appendix C)."""
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; accepted: 0 < sigma_min < sigma_max")
         ends = math.log(sigma_min), math.log(sigma_max)

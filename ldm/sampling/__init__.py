@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ldm.process.noise import randn_rows
 from ldm.process.posterior import ModelVariance
 from ldm.process.schedule import VariancePreserving
 from ldm.sampling import (
@@ -33,7 +34,6 @@ from ldm.sampling.guidance import (
     thresholded_denoiser,
 )
 from ldm.sampling.interpolate import lerp_conditions, slerp
-from ldm.sampling.noise import randn_rows
 from ldm.sampling.spacing import SIGMA_SPACINGS, SigmaSpacing, sigma_spaced_timesteps
 
 SAMPLERS: dict[str, Sampler] = {

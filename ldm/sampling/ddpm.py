@@ -7,11 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.process.posterior import ModelVariance, interpolated_log_variance, model_variance, posterior_mean
+from ldm.process.noise import randn_rows
+from ldm.process.posterior import (
+    MODEL_VARIANCES,
+    ModelVariance,
+    interpolated_log_variance,
+    model_variance,
+    posterior_mean,
+)
 from ldm.process.prediction import Prediction
 from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
-from ldm.sampling.noise import randn_rows
 
 
 def sample(
@@ -50,9 +56,6 @@ def step_variance(prediction: Prediction, alpha_bar: Tensor, alpha_bar_prev: Ten
     """The variance of p(x_{t-1} | x_t): the learned one, like x_t, or `kind`, a scalar."""
     if prediction.variance is None:
         return model_variance(alpha_bar, alpha_bar_prev, kind)
-    small, large = (model_variance(alpha_bar, alpha_bar_prev, bound).log() for bound in _BOUNDS)
+    small, large = (model_variance(alpha_bar, alpha_bar_prev, bound).log() for bound in MODEL_VARIANCES)
     place = prediction.variance
     return interpolated_log_variance(place, small.to(place), large.to(place)).exp()
-
-
-_BOUNDS: tuple[ModelVariance, ModelVariance] = ("fixed_small", "fixed_large")

@@ -16,7 +16,9 @@ from ldm.sampling.denoiser import Callback, Denoiser, Sampler
 
 PREFIX = "diffusers:"
 SCHEDULERS = (
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -28,10 +30,12 @@ SCHEDULERS = (
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-"""Solvers of this process for any model. Left out are those of another process (flow matching, EDM), of distilled
-models, and those whose noise comes from elsewhere than from the generators they are given."""
+"""Solvers of this process for any model. Left out are those of another process (flow matching, EDM, IPNDM's own
+table), of distilled models (LCM, TCD) or one model alone, and those whose noise comes from elsewhere than from the
+generators they are given (DPMSolverSDE)."""
 
 
 def diffusers_sampler(name: str) -> Sampler:

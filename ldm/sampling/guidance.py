@@ -79,9 +79,8 @@ def guided_denoiser(
     """A denoiser guided by `scale`, with both passes in one batch [unconditional, conditional] of 2B.
 
     scale = 1 is the plain conditional model and runs that pass alone. A learned variance is the conditional pass's.
-    `rescale` in [0, 1] is phi of Lin et
-    al. (2024), `dtype` as in `network_denoiser`. Raises ValueError for another rescale, or where the two
-    conditions do not hold the same keys.
+    `rescale` in [0, 1] is phi of Lin et al. (2024), `dtype` as in `network_denoiser`. Raises ValueError for another
+    rescale, or where the two conditions do not hold the same keys.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale}; accepted: 0 to 1")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.process.noise import randn_rows
 from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
-from ldm.sampling.noise import randn_rows
 
 
 def sample(

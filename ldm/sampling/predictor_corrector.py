@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.process.noise import randn_rows
 from ldm.process.posterior import posterior_mean, posterior_variance
 from ldm.process.prediction import Prediction
 from ldm.process.schedule import VariancePreserving
 from ldm.sampling.denoiser import Callback, Denoiser
 from ldm.sampling.langevin import langevin_step
-from ldm.sampling.noise import randn_rows
 
 Predictor = Callable[[Tensor, Prediction, Tensor, Tensor, Tensor], Tensor]
 """(x_t, its prediction, alpha_bar, alpha_bar_prev, z ~ N(0, I)) -> x_{t-1}."""

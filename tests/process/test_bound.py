@@ -17,11 +17,14 @@ from ldm.process import (
     ReverseStep,
     bound_term,
     discretized_log_likelihood,
+    eps_error_weight,
     fixed_variance,
     gaussian_kl,
     gaussian_log_density,
     hybrid_loss,
     learned_variance,
+    model_variance,
+    p_mean_from_eps,
     posterior_mean,
     posterior_variance,
     prior_term,
@@ -120,6 +123,20 @@ def test_the_bound_of_gaussian_data_under_the_exact_denoiser_is_its_closed_form(
     bits += 0.5 * (end * (MEAN**2 + STD**2) - end - math.log(1 - end))
     model = fixed_variance(exact_denoiser, SCHEDULE, kind)  # type: ignore[arg-type]
     assert _bound(model, *_exact_moments(100)).item() == pytest.approx(bits / math.log(2), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", MODEL_VARIANCES)
+def test_a_term_is_its_weight_times_the_error_of_the_noise(kind: str) -> None:
+    """Above what is left where eps is known, which is 0 where p has the variance of q."""
+    x0, eps, guess = _randn(3, 50)
+    here, before = SCHEDULE.alphas_cumprod[7], SCHEDULE.alphas_cumprod[6]
+    x_t = q_sample(x0, eps, here.sqrt(), (1 - here).sqrt())
+    truth = posterior_mean(x0, x_t, here, before), posterior_variance(here, before).log()
+    variance = model_variance(here, before, kind)  # type: ignore[arg-type]
+    terms = [gaussian_kl(*truth, p_mean_from_eps(x_t, e, here, before), variance.log()) for e in (guess, eps)]
+    weight = eps_error_weight(here, before, variance)
+    torch.testing.assert_close(terms[0] - terms[1], weight * (eps - guess).square())
+    assert kind == "fixed_large" or terms[1].abs().max() < 1e-12
 
 
 def test_the_whole_bound_is_the_sum_of_its_terms() -> None:

@@ -247,6 +247,12 @@ def test_combinations_that_cannot_be_are_refused(config: Any, flags: list[str], 
         config(*flags)
 
 
+def test_a_network_of_classes_is_refused_before_it_trains(config: Any, tiny_model_folder: Path) -> None:
+    encoder = read_model(tiny_model_folder).text_encoder
+    with pytest.raises(ConfigError, match=r"`unet\.num_class_embeds` is 10; stage two has captions and no classes"):
+        build_unet(config("--unet.num_class_embeds", "10"), 4, encoder)
+
+
 def test_a_learned_variance_needs_twice_the_channels(config: Any, tiny_model_folder: Path) -> None:
     encoder = read_model(tiny_model_folder).text_encoder
     chosen = config(
