@@ -314,9 +314,7 @@ def build_unet(config: LdmTraining, latent_channels: int, text_encoder: TextEnco
     }
     for key in ("class_embed_type", "num_class_embeds"):
         if getattr(unet, key) is not None:
-            raise ConfigError(
-                f"`unet.{key}` is {getattr(unet, key)}; stage two has captions and no classes: leave it out"
-            )
+            raise ConfigError(f"`unet.{key}` is {getattr(unet, key)}; it must be null, stage two has no classes")
     for key, (source, wanted) in fitting.items():
         if getattr(unet, key) != wanted:
             raise ConfigError(f"`unet.{key}` is {getattr(unet, key)}, but the {source} is {wanted}")

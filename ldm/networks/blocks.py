@@ -189,8 +189,9 @@ class UpBlock2D(Stage):
         for index in range(len(self.resnets)):
             x = self.run_layer(index, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
         for upsample in self.upsamplers:
-            size = skips[-1].shape[-2:]
-            x = self.run(upsample, x, emb, partial(_enlarged, size=size)) if self.biggan else upsample(x, size)
+            height, width = skips[-1].shape[-2:]
+            enlarge = partial(_enlarged, size=(height, width))
+            x = self.run(upsample, x, emb, enlarge) if self.biggan else upsample(x, (height, width))
         return x
 
 

@@ -94,7 +94,9 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
         named_sampler("diffusers:HeunScheduler")
     with pytest.raises(ValueError, match=r"is 'diffusers:LCMScheduler'; accepted: diffusers:"):
         diffusers_sampler("diffusers:LCMScheduler")
-    with pytest.raises(ValueError, match=r"accepted: diffusers:DDIMScheduler, .*, diffusers:UniPCMultistepScheduler"):
+    with pytest.raises(
+        ValueError, match=r"accepted: diffusers:DDIMParallelScheduler, .*, diffusers:UniPCMultistepScheduler"
+    ):
         diffusers_sampler("diffusers:?")
     with pytest.raises(ValueError, match=r"sampler is 'dimm'; accepted: ddim, .*, and diffusers:CLASS"):
         named_sampler("dimm")

@@ -249,7 +249,7 @@ def test_combinations_that_cannot_be_are_refused(config: Any, flags: list[str], 
 
 def test_a_network_of_classes_is_refused_before_it_trains(config: Any, tiny_model_folder: Path) -> None:
     encoder = read_model(tiny_model_folder).text_encoder
-    with pytest.raises(ConfigError, match=r"`unet\.num_class_embeds` is 10; stage two has captions and no classes"):
+    with pytest.raises(ConfigError, match=r"`unet\.num_class_embeds` is 10; it must be null, stage two has no classes"):
         build_unet(config("--unet.num_class_embeds", "10"), 4, encoder)
 
 
