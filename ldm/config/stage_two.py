@@ -16,8 +16,8 @@ from ldm.config.common import (
 )
 from ldm.config.text_encoders import ScratchClip, TextEncoderConfig
 from ldm.networks.config import UNetConfig
+from ldm.process.diffusion_config import DiffusionConfig
 from ldm.process.flow import FlowConfig
-from ldm.process.schedule import DiffusionConfig
 from ldm.process.ve import VeConfig
 from ldm.process.weighting import Weighting
 from ldm.sampling import named_sampler

@@ -16,6 +16,14 @@ from ldm.process.bound import (
     variational_bound,
 )
 from ldm.process.config import ProcessConfig, process_from_dict
+from ldm.process.diffusion_config import (
+    BETA_SCHEDULES,
+    TABLE_PREDICTIONS,
+    BetaSchedule,
+    DiffusionConfig,
+    TablePrediction,
+    VarianceType,
+)
 from ldm.process.flow import FlowConfig, RectifiedFlow, time_shift
 from ldm.process.importance import LossHistory
 from ldm.process.likelihood import PROBES, Probe, bits_per_dim, draw_probe, ode_log_likelihood
@@ -34,15 +42,9 @@ from ldm.process.posterior import (
 )
 from ldm.process.prediction import PREDICTION_TYPES, Prediction, PredictionType, from_x0_eps, to_x0_eps
 from ldm.process.schedule import (
-    BETA_SCHEDULES,
-    TABLE_PREDICTIONS,
-    BetaSchedule,
-    DiffusionConfig,
     NoiseSchedule,
     Schedule,
-    TablePrediction,
     VariancePreserving,
-    VarianceType,
     finite_log_snr,
 )
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing, timesteps

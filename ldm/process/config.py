@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.process.diffusion_config import DiffusionConfig
 from ldm.process.flow import FLOW_CLASS, FlowConfig
-from ldm.process.schedule import DiffusionConfig
 from ldm.process.ve import VE_CLASS, VeConfig
 
 ProcessConfig = DiffusionConfig | FlowConfig | VeConfig
