@@ -14,6 +14,7 @@ from ldm.process.prediction import check_choice
 from ldm.process.spacing import TIMESTEP_SPACINGS, TimestepSpacing
 from ldm.process.spacing import timesteps as spaced_timesteps
 from ldm.process.tables import check_timesteps, over, timestep_of, value_at
+from ldm.process.unit_variance import UnitVariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class VarianceExploding:
 
 
 VE_CLASS = "ScoreSdeVeScheduler"
-VePrediction = Literal["epsilon", "sample"]
+VePrediction = Literal["epsilon", "v_prediction", "sample"]
 VE_PREDICTIONS: tuple[VePrediction, ...] = get_args(VePrediction)
 
 
@@ -98,10 +99,11 @@ VE_PREDICTIONS: tuple[VePrediction, ...] = get_args(VePrediction)
 class VeConfig:
     """A variance exploding process of geometric noise levels as the process of a model.
 
-    The network sees x_t as it is and is told the index t. With "epsilon", L_simple is the denoising score matching loss
-    weighted by sigma² (Song & Ermon 2019, eq. 5-6), because score = -eps/sigma. `sigma_max` should be about the largest
-    distance of two latents (Song & Ermon 2020, technique 1); `type` tells it from a beta table in a config file. Raises
-    ValueError for values out of range.
+    The network sees x_t / sqrt(1 + sigma²), of unit variance at every level (Karras et al. 2022, table 1, c_in), and is
+    told the index t. With "epsilon", L_simple is the denoising score matching loss weighted by sigma² (Song & Ermon
+    2019, eq. 5-6), because score = -eps/sigma. `sigma_max` should be about the largest distance of two latents (Song &
+    Ermon 2020, technique 1); `type` tells it from a beta table in a config file. Raises ValueError for values out of
+    range.
     """
 
     type: Literal["ve"]
@@ -119,9 +121,9 @@ class VeConfig:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; accepted: at least 2")
         self.schedule()
 
-    def schedule(self) -> VarianceExploding:
-        """The process."""
-        return VarianceExploding.geometric(self.sigma_min, self.sigma_max, self.num_train_timesteps)
+    def schedule(self) -> UnitVariance:
+        """The process as its network sees it."""
+        return UnitVariance(VarianceExploding.geometric(self.sigma_min, self.sigma_max, self.num_train_timesteps))
 
     def timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
         """The timesteps of a sampler, see `ldm.process.spacing`; `spacing` None is the model's own."""
@@ -132,7 +134,7 @@ class VeConfig:
         """Read a scheduler_config.json of diffusers' ScoreSdeVeScheduler with our `prediction_type`.
 
         Raises ValueError for another class, and without the `prediction_type`: networks made for that scheduler itself
-        are told sigma and give the score.
+        see x_t as it is, are told sigma and give the score.
         """
         check_choice("_class_name", config.get("_class_name"), (VE_CLASS,))
         check_choice("prediction_type", config.get("prediction_type"), VE_PREDICTIONS)

@@ -161,6 +161,9 @@ def test_other_depths_come_back_too(sibling: Sibling, changes: dict[str, Any]) -
 def test_what_has_no_place_in_the_original_layout_is_named(sibling: Sibling, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"`mid_block_type` is 'UNetMidBlock2D'; the original layout has"):
         write_single_file(sibling("sd1", unet={"mid_block_type": "UNetMidBlock2D"}), tmp_path / "x.safetensors")
+    resnets = {"up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
+    with pytest.raises(ModelError, match=r"`up_block_types` \['ResnetUp.* no residual blocks that resample"):
+        write_single_file(sibling("sd1", unet=resnets), tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"the key `time_embedding.cond_proj.weight` has no place"):
         write_single_file(sibling("sd1", unet={"time_cond_proj_dim": 5}), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

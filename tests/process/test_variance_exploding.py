@@ -61,20 +61,25 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 def test_a_model_comes_back_from_the_file_that_diffusers_reads() -> None:
-    config = VeConfig("ve", 50, 0.02, 30.0, "sample", "trailing")
+    config = VeConfig("ve", 50, 0.02, 30.0, "v_prediction", "trailing")
     assert process_from_dict(config.to_dict()) == config
     theirs = diffusers.ScoreSdeVeScheduler.from_config(config.to_dict())
     theirs.set_sigmas(50)
-    torch.testing.assert_close(config.schedule().sigmas, theirs.discrete_sigmas.double(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="prediction_type is None; accepted: epsilon, sample"):
+    log_snr = config.schedule().log_snr(torch.arange(50), torch.float64)
+    torch.testing.assert_close((-log_snr / 2).exp(), theirs.discrete_sigmas.double(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="prediction_type is None; accepted: epsilon, v_prediction, sample"):
         process_from_dict(dict(diffusers.ScoreSdeVeScheduler().config) | {"_class_name": "ScoreSdeVeScheduler"})
 
 
 def test_the_loss_on_noise_is_score_matching_weighted_by_the_variance() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, eps, raw = torch.randn(3, 8, 2, 3, 3, generator=generator, dtype=torch.float64)
-    schedule, u = VeConfig("ve").schedule(), torch.rand(8, generator=generator)
+    schedule, u = VarianceExploding.geometric(0.01, 50.0, 1000), torch.rand(8, generator=generator)
     noised, scored = (Objective(schedule, kind).noise(x0, eps, u) for kind in ("epsilon", "score"))
     sigma = schedule.sigmas[noised.t].reshape(-1, 1, 1, 1)
     score_loss = (-raw / sigma - scored.target).square().flatten(1).mean(1)
-    torch.testing.assert_close(Objective(schedule).loss(raw, noised), sigma.flatten() ** 2 * score_loss)
+    expected = sigma.flatten() ** 2 * score_loss
+    torch.testing.assert_close(Objective(schedule).loss(raw, noised), expected)
+    seen = Objective(VeConfig("ve").schedule()).noise(x0, eps, u)
+    torch.testing.assert_close(seen.x_t, noised.x_t / (1 + sigma**2).sqrt())
+    torch.testing.assert_close(Objective(VeConfig("ve").schedule()).loss(raw, seen), expected)

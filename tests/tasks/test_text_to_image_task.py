@@ -134,8 +134,8 @@ def test_a_variance_exploding_process(config: Any, step: Any) -> None:
     _, network, terms, x0 = step(chosen)
     _, eps, u = draws()
     assert torch.equal(network.t, (u.double() * 41).long())
-    sigma = 0.01 * 4000 ** (network.t / 40)
-    torch.testing.assert_close(network.x_t, x0 + sigma.reshape(-1, 1, 1, 1) * eps)
+    sigma = (0.01 * 4000 ** (network.t / 40)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(network.x_t, (x0 + sigma * eps) / (1 + sigma**2).sqrt())
     torch.testing.assert_close(terms.loss, (network.raw - eps).square().mean())
 
 
@@ -214,8 +214,8 @@ def test_settings_survive_the_way_into_a_run_folder(config: Any, tmp_path: Path,
         (["--diffusion.type", "flow", "--diffusion.beta_start", "0.1"], "`diffusion.beta_start` is not a key"),
         (["--diffusion.type", "ve", "--diffusion.beta_end", "0.1"], "`diffusion.beta_end` is not a key"),
         (
-            ["--diffusion.type", "ve", "--diffusion.prediction_type", "v_prediction"],
-            "`diffusion.prediction_type` is 'v_prediction'; it must be one of epsilon, sample",
+            ["--diffusion.type", "ve", "--diffusion.prediction_type", "flow"],
+            "`diffusion.prediction_type` is 'flow'; it must be one of epsilon, v_prediction, sample",
         ),
         (
             ["--diffusion.type", "ve", "--diffusion.variance_type", "learned_range"],
