@@ -110,7 +110,7 @@ class VeConfig:
     num_train_timesteps: int = 1000
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    prediction_type: VePrediction = "epsilon"
+    prediction_type: VePrediction = "v_prediction"
     timestep_spacing: TimestepSpacing = "linspace"
     variance_type: ClassVar[Literal["fixed_small"]] = "fixed_small"
 

@@ -129,8 +129,9 @@ def test_a_rectified_flow_with_shifted_times(config: Any, step: Any) -> None:
 
 
 def test_a_variance_exploding_process(config: Any, step: Any) -> None:
-    chosen = config("--diffusion.type", "ve", "--diffusion.num_train_timesteps", "41", "--diffusion.sigma_max", "40")
-    assert chosen.diffusion == VeConfig("ve", num_train_timesteps=41, sigma_max=40.0)
+    flags = ["--diffusion.type", "ve", "--diffusion.num_train_timesteps", "41", "--diffusion.sigma_max", "40"]
+    chosen = config(*flags, "--diffusion.prediction_type", "epsilon")
+    assert chosen.diffusion == VeConfig("ve", num_train_timesteps=41, sigma_max=40.0, prediction_type="epsilon")
     _, network, terms, x0 = step(chosen)
     _, eps, u = draws()
     assert torch.equal(network.t, (u.double() * 41).long())
