@@ -83,7 +83,7 @@ def test_cache_verify_and_what_is_in_it(
         torch.testing.assert_close(opened.gather([15]), vae.moments(pixels.flip(-1)), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="resolution was 32, is now 64"):
         run([*argv, "--resolution", "64"])
-    with pytest.raises(ValueError, match="the pictures or captions of .* have changed"):
+    with pytest.raises(ValueError, match=r"the pictures or captions of .* have changed"):
         run([*argv[:-3], "--random-flip", "--max-samples", "9"])
     shard = cache / "shard_00001.safetensors"
     data = bytearray(shard.read_bytes())
