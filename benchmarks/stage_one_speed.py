@@ -5,9 +5,10 @@
 
 Straightforward means: the adaptive weight from two `autograd.grad` calls at the decoder's last layer and a third pass
 for the sum of all losses, a forward pass of the discriminator for each use, PyTorch's AdamW as it comes, an average of
-the weights updated parameter by parameter, and the process as the operating system starts it. It runs twice, on
-diffusers' `AutoencoderKL`, which is what one takes first, and on ours, which shows how much of the difference is the
-network's. Where the published loop computes reconstructions a second time for the discriminator, these do not.
+the weights updated parameter by parameter, and the process as the operating system starts it. It runs twice: on what
+one takes first, diffusers' `AutoencoderKL` and the EfficientNet of its package, and on our networks, which shows how
+much of the difference is theirs. Where the published loop computes the reconstructions a second time for the
+discriminator's step, these do not.
 
 All sides do the same mathematics on the same weights, pictures and noise, in float32 on one thread; the gradients of
 one step are compared first, in float64. Each side is a process of its own, and they take turns step by step. What is
@@ -28,7 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoder import AutoencoderKL, adaptive_weight, discriminator_loss, generator_loss, nll
+from autoencoder import (
+    AutoencoderKL,
+    EfficientNetFeatureDistance,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    nll,
+)
+from autoencoder.perceptual import EFFICIENTNETS, FeatureDistance, load_efficientnet
 from ldm.build import (
     build_autoencoder,
     build_bottleneck,
@@ -36,7 +45,6 @@ from ldm.build import (
     build_loss_state,
     build_loss_weights,
     build_penalties,
-    build_perceptual,
 )
 from ldm.config import AutoencoderTraining
 from ldm.config.file import load_config
@@ -48,8 +56,8 @@ from ldm.training.ema import Ema
 from ldm.training.launch import keep_heap
 from ldm.training.optim import adamw
 
-OURS, OUR_NETWORK, DIFFUSERS = "ours", "straightforward, our network", "straightforward, diffusers' network"
-SIDES = (OURS, OUR_NETWORK, DIFFUSERS)
+OURS, OUR_NETWORKS, PACKAGES = "ours", "straightforward, our networks", "straightforward, the packages' networks"
+SIDES = (OURS, OUR_NETWORKS, PACKAGES)
 WARM_UP = 2
 
 Losses = tuple[Tensor, Tensor]
@@ -68,9 +76,8 @@ class Parts:
             nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
         self.vae = vae.to(dtype)
         self.critic = build_discriminator(config.discriminator, config.seed).to(dtype)
-        self.perceptual = build_perceptual(config.perceptual)
-        assert self.perceptual is not None, "the comparison is of all losses, so it needs a perceptual net"
-        self.perceptual.to(dtype)
+        assert config.perceptual.type == "efficientnet_lite0", "the comparison is made with `efficientnet_lite0`"
+        self.perceptual: FeatureDistance = EfficientNetFeatureDistance().to(dtype)
         side, batch = config.data.resolution, config.training.train_batch_size
         self.latent_shape = (vae.latent_channels, *(side // vae.downsample_factor,) * 2)
         self.images = (torch.rand(batch, 3, side, side, generator=generator(0, "images")) * 2 - 1).to(dtype)
@@ -110,7 +117,6 @@ def our_gradients(parts: Parts) -> Callable[[], None]:
 def straightforward_gradients(parts: Parts) -> Callable[[], None]:
     """The same gradients as the formulas are written down."""
     weights, perceptual = parts.weights, parts.perceptual
-    assert perceptual is not None
 
     def backward() -> None:
         x = parts.images
@@ -131,14 +137,32 @@ def straightforward_gradients(parts: Parts) -> Callable[[], None]:
     return backward
 
 
-def diffusers_network(parts: Parts) -> Parts:
-    """The same parts with diffusers' class in place of ours, same weights."""
+def from_packages(parts: Parts) -> Parts:
+    """The same parts with diffusers' autoencoder and the package's EfficientNet in place of ours, same weights."""
     from diffusers import AutoencoderKL as DiffusersAutoencoder
 
     network = DiffusersAutoencoder.from_config(parts.config.autoencoder.to_dict()).to(parts.vae.dtype).train()
     network.load_state_dict(parts.vae.state_dict(), strict=True)
-    parts.vae = network
+    parts.vae, parts.perceptual = network, PackagedDistance().to(parts.vae.dtype)
     return parts
+
+
+class PackagedDistance(FeatureDistance):
+    """The distance of `EfficientNetFeatureDistance` on the network as its package builds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.taps = load_efficientnet("efficientnet-lite0"), EFFICIENTNETS["efficientnet-lite0"].taps
+        self.freeze()
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        h = self.net._swish(self.net._bn0(self.net._conv_stem((127.5 * x + 0.5) / 128.0)))
+        found: list[Tensor] = []
+        for index, block in enumerate(self.net._blocks[: self.taps[-1] + 1]):
+            h = block(h)
+            if index in self.taps:
+                found.append(h)
+        return found
 
 
 def our_step(parts: Parts) -> Callable[[], None]:
@@ -191,7 +215,7 @@ def gradients(side: str, config: AutoencoderTraining) -> dict[str, Tensor]:
     if side == OURS:
         our_gradients(parts)()
     else:
-        straightforward_gradients(diffusers_network(parts) if side == DIFFUSERS else parts)()
+        straightforward_gradients(from_packages(parts) if side == PACKAGES else parts)()
     return {
         f"{part}.{name}": p.grad
         for part, network in (("autoencoder", parts.vae), ("discriminator", parts.critic))
@@ -219,7 +243,7 @@ def worker(side: str, config: AutoencoderTraining, pipe: Connection) -> None:
         step = our_step(Parts(config))
     else:
         parts = Parts(config)
-        step = straightforward_step(diffusers_network(parts) if side == DIFFUSERS else parts)
+        step = straightforward_step(from_packages(parts) if side == PACKAGES else parts)
     while pipe.recv():
         clock, processor = time.perf_counter(), time.process_time()
         step()
@@ -251,7 +275,7 @@ def report(seconds: dict[str, list[tuple[float, float]]]) -> None:
         ratios = [value / mine for (value, _), mine in zip(values, ours, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         ratio = "" if side == OURS else f"  {middle:.2f} of ours (quartiles {low:.2f} to {high:.2f})"
-        print(f"{side:36s} {processor:.3f} s of processor time, {clock:.3f} s by the clock{ratio}")
+        print(f"{side:40s} {processor:.3f} s of processor time, {clock:.3f} s by the clock{ratio}")
 
 
 def main() -> None:
@@ -261,7 +285,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     config = load_config(AutoencoderTraining, args.config, overrides)
     torch.set_num_threads(1)
-    for side in (OUR_NETWORK, DIFFUSERS):
+    for side in (OUR_NETWORKS, PACKAGES):
         difference = gradient_difference(config, side)
         print(f"gradients of {side!r} differ from ours by {difference:.1e} of their norm at most (float64)", flush=True)
         assert difference < 1e-6, "the sides do not compute the same gradients"
