@@ -142,7 +142,7 @@ class EfficientNetFeatureDistance(FeatureDistance):
         net, self.taps = folded(load_efficientnet(name)), EFFICIENTNETS[name].taps
         self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
         self.blocks = nn.ModuleList(net._blocks[: self.taps[-1] + 1])
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.freeze()
 
     def stages(self, x: Tensor) -> list[Tensor]:

@@ -72,8 +72,9 @@ class Parts:
         vae = build_autoencoder(config)
         assert isinstance(vae, AutoencoderKL)
         torch.manual_seed(1)
-        for parameter in vae.parameters():  # residual branches start at zero, where many gradients vanish
-            nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
+        for parameter in vae.parameters():
+            if not parameter.any():  # the residual branches' last layers, which hide the gradients behind them
+                nn.init.normal_(parameter, std=0.05)
         self.vae = vae.to(dtype)
         self.critic = build_discriminator(config.discriminator, config.seed).to(dtype)
         assert config.perceptual.type == "efficientnet_lite0", "the comparison is made with `efficientnet_lite0`"
