@@ -23,3 +23,22 @@ def test_upsampling_is_a_doubling_and_a_convolution(channels: int, height: int, 
     assert_close(
         torch.autograd.grad(one, inputs, cotangent), torch.autograd.grad(two, inputs, cotangent), atol=1e-11, rtol=0.0
     )
+
+
+@torch.no_grad()
+def test_upsampling_respects_another_padding() -> None:
+    """Circular padding, which makes seamless textures: shifting the picture shifts the result."""
+    torch.manual_seed(0)
+    block = Upsample(3)
+    block.conv.padding_mode = "circular"
+    x = torch.randn(1, 3, 4, 6)
+    assert_close(block(x.roll(1, 3)), block(x).roll(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_upsampling_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    block, x = Upsample(8), torch.randn(1, 8, 4, 4)
+    expected = block(x)
+    assert_close(block.to(dtype)(x.to(dtype)).float(), expected, atol=0.05, rtol=0.05)
