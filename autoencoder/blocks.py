@@ -76,15 +76,36 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    """Nearest-neighbour doubling and a convolution: [B, C, H, W] -> [B, C, 2H, 2W].
+
+    On a CPU both are one transposed convolution, which multiplies 4 numbers for each 9 of the convolution after the
+    doubling and is twice as fast forwards and backwards, with the same result up to rounding. A convolution that
+    somebody changed (an adapter in its place, another padding) is run as it is.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and type(self.conv) is nn.Conv2d and self.conv.padding_mode == "zeros":
+            return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
+
+
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """Kernel [C, D, 4, 4] that does with stride 2 and padding 1, transposed, what `weight` does to a doubled picture.
+
+    Doubling is the transposed convolution of stride 2 with the 2x2 kernel of ones, so the two in a row are one with
+    that kernel convolved with the mirrored weight: along a side (w0, w1, w2) becomes (w2, w2 + w1, w1 + w0, w0).
+
+    Args:
+        weight: of a 3x3 convolution with padding 1, [D, C, 3, 3].
+    """
+    mirrored = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    rows = mirrored[:, :, 1:] + mirrored[:, :, :-1]
+    return rows[..., 1:] + rows[..., :-1]
 
 
 class MidBlock(nn.Module):

@@ -253,8 +253,8 @@ def generator_image_gradient(
     (nll_grad,) = torch.autograd.grad(nll_loss, image)
     (g_grad,) = torch.autograd.grad(g_loss, image, torch.full_like(g_loss, g_scale))
     g_grad = g_grad / g_scale
-    adaptive = adaptive_weight(
-        reduce_mean(last_layer_gradient(features, nll_grad, weight_shape)),
-        reduce_mean(last_layer_gradient(features, g_grad, weight_shape)),
-    )
+    out_channels, *kernel = weight_shape
+    both = torch.cat([nll_grad, g_grad], dim=1)
+    at_last_layer = reduce_mean(last_layer_gradient(features, both, (2 * out_channels, *kernel)))
+    adaptive = adaptive_weight(*at_last_layer.chunk(2))
     return nll_grad + weight * adaptive * g_grad, adaptive
