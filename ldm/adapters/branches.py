@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from ldm.adapters.adapter import Adapter
 from ldm.adapters.lora_files import write_diffusers_lora
 from ldm.adapters.low_rank import ADAPTED, Lora, LowRank, MergedLoras
 
@@ -34,55 +35,46 @@ class LoraBranch(nn.Module):
         return output + self.scale * functional.linear(functional.linear(inputs[0], self.down), self.up)
 
 
-class LoraBranches(nn.Module):
-    """Branches beside the trainable layers of a model whose names end in one of `targets`; everything else is frozen.
+class LoraBranches(Adapter):
+    """Branches beside those layers of a frozen model whose names end in one of `targets`.
 
     The layers are not touched: a branch is a hook on one, and `eject` takes the hooks away. The state is the factors'.
 
     Args:
         parts: the networks by name, see `adapted_parts`.
-        targets: ends of layer names, such as `to_q` or `ff.net.2`.
+        targets: for each part to adapt, ends of layer names, such as `to_q` or `ff.net.2`.
         rank: r of every branch.
         alpha: the branches count alpha / r times.
         generator: on the CPU, for A.
 
     Raises:
-        ValueError: a target ends no layer's name, or no trainable one's.
+        ValueError: a target ends no layer's name.
     """
 
     def __init__(
         self,
         parts: Mapping[str, nn.Module],
-        targets: Sequence[str],
+        targets: Mapping[str, Sequence[str]],
         rank: int,
         alpha: float,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         self._parts, self._hooks = dict(parts), list[RemovableHandle]()
-        layers = [(f"{part}.{name}", layer) for part, net in parts.items() for name, layer in net.named_modules()]
-        chosen = {name: layer for name, layer in layers if isinstance(layer, ADAPTED) and _ends(name, targets)}
-        for target in targets:
-            if not any(_ends(name, [target]) for name in chosen):
-                raise ValueError(f"{target!r} ends the name of no linear or convolution layer of this model")
-        trained = {name: layer for name, layer in chosen.items() if layer.weight.requires_grad}
-        if not trained:
-            raise ValueError(f"{list(targets)} end the names of frozen layers only, so nothing would be trained")
-        self._placed = {name: LoraBranch(layer, rank, alpha / rank, generator) for name, layer in trained.items()}
+        self._placed: dict[str, LoraBranch] = {}
+        for part, ends in targets.items():
+            for name, layer in targeted(parts[part], ends).items():
+                self._placed[f"{part}.{name}"] = LoraBranch(layer, rank, alpha / rank, generator)
         self.branches = nn.ModuleDict({name.replace(".", "/"): branch for name, branch in self._placed.items()})
-        for network in parts.values():
-            network.requires_grad_(False)
         self.inject()
 
     def inject(self) -> None:
-        """Adds the branches to their layers, once however often it is called."""
         self.eject()
         for name, branch in self._placed.items():
             part, _, layer = name.partition(".")
             self._hooks.append(self._parts[part].get_submodule(layer).register_forward_hook(branch.beside))
 
     def eject(self) -> None:
-        """Takes the branches away: the networks compute what they did before."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -97,7 +89,6 @@ class LoraBranches(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within the block the weights hold the update and the branches are away; afterwards all is as before."""
         merged = MergedLoras(self._parts)
         self.eject()
         merged.add(self.lora())
@@ -112,5 +103,18 @@ class LoraBranches(nn.Module):
         return write_diffusers_lora(self.lora(), folder)
 
 
-def _ends(name: str, targets: Sequence[str]) -> bool:
-    return any(name.endswith(f".{target}") for target in targets)
+def targeted(network: nn.Module, ends: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear and convolution layers of a network whose names end in one of `ends`.
+
+    Raises:
+        ValueError: one of them ends no such layer's name.
+    """
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, ADAPTED)}
+    for end in ends:
+        if not any(_ends(name, end) for name in layers):
+            raise ValueError(f"{end!r} ends the name of no linear or convolution layer of the {type(network).__name__}")
+    return {name: layer for name, layer in layers.items() if any(_ends(name, end) for end in ends)}
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")

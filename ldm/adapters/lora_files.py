@@ -219,7 +219,7 @@ def write_diffusers_lora(lora: Lora, path: Path) -> Path:
     for place, low_rank in _places(lora):
         state[f"{place}.lora_A.weight"] = low_rank.down
         state[f"{place}.lora_B.weight"] = (low_rank.up.float() * low_rank.scale).to(low_rank.up.dtype)
-    return _save(state, path if path.suffix == ".safetensors" else path / DIFFUSERS_FILE)
+    return save_tensors(state, path if path.suffix == ".safetensors" else path / DIFFUSERS_FILE)
 
 
 def write_kohya_lora(lora: Lora, path: Path) -> Path:
@@ -234,7 +234,7 @@ def write_kohya_lora(lora: Lora, path: Path) -> Path:
         state[f"{name}.lora_down.weight"] = low_rank.down
         state[f"{name}.lora_up.weight"] = low_rank.up
         state[f"{name}.alpha"] = torch.tensor(low_rank.scale * low_rank.rank)
-    return _save(state, path)
+    return save_tensors(state, path)
 
 
 def _places(lora: Lora) -> Iterable[tuple[str, LowRank]]:
@@ -243,7 +243,8 @@ def _places(lora: Lora) -> Iterable[tuple[str, LowRank]]:
             yield f"{part}.{name}", low_rank
 
 
-def _save(state: Mapping[str, Tensor], path: Path) -> Path:
+def save_tensors(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Writes a safetensors file atomically; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
