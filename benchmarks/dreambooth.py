@@ -4,7 +4,7 @@
 
 runs train_configs/shapes/dreambooth.yaml on the model (class pictures and training), then draws with and without the
 LoRA that it leaves: the subject on every background, beside other shapes, and the captions of `ldm-evaluate --suite
-shapes` with the same seeds. Prints JSON, writes it to report.json, and a grid of before and after to grid.png. Further flags,
+shapes` with the same seeds. Prints JSON, writes it to report.json, and a grid of both to grid.png. Further flags,
 such as `--training.max_train_steps 100`, are overrides of the config. A training that is complete is not repeated.
 """
 

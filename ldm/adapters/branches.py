@@ -36,7 +36,7 @@ class LoraBranch(nn.Module):
 
 
 class LoraBranches(Adapter):
-    """Branches beside those layers of a frozen model whose names end in one of `targets`.
+    """Branches beside those trainable layers of a model whose names end in one of `targets`; all else is frozen.
 
     The layers are not touched: a branch is a hook on one, and `eject` takes the hooks away. The state is the factors'.
 
@@ -48,7 +48,7 @@ class LoraBranches(Adapter):
         generator: on the CPU, for A.
 
     Raises:
-        ValueError: a target ends no layer's name.
+        ValueError: a target ends no layer's name, or no layer that they end is trainable.
     """
 
     def __init__(
@@ -64,7 +64,12 @@ class LoraBranches(Adapter):
         self._placed: dict[str, LoraBranch] = {}
         for part, ends in targets.items():
             for name, layer in targeted(parts[part], ends).items():
-                self._placed[f"{part}.{name}"] = LoraBranch(layer, rank, alpha / rank, generator)
+                if layer.weight.requires_grad:
+                    self._placed[f"{part}.{name}"] = LoraBranch(layer, rank, alpha / rank, generator)
+        if not self._placed:
+            raise ValueError(f"the targets {dict(targets)} are frozen layers, so nothing would be trained")
+        for network in parts.values():
+            network.requires_grad_(False)
         self.branches = nn.ModuleDict({name.replace(".", "/"): branch for name, branch in self._placed.items()})
         self.inject()
 

@@ -59,8 +59,7 @@ def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
         text = PretrainedText()
     if not isinstance(text, PretrainedText):
         raise ConfigError("`text_encoder.type` must be pretrained with `pretrained`, whose model brings its own")
-    model.text_encoder.trainable = text.trainable
-    model.text_encoder.requires_grad_(text.trainable)
+    model.text_encoder.set_trainable(text.trainable)
     return dataclasses.replace(config, unet=model.unet.config, diffusion=model.diffusion, text_encoder=text), model
 
 
@@ -90,7 +89,6 @@ def _lora(config: LoraConfig, seed: int, network: ConditionedUNet) -> LoraBranch
     targets = {name: config.targets if name == "unet" else config.text_encoder_targets for name in parts}
     chosen = targets if encoder.trainable else {"unet": config.targets}
     alpha = config.rank if config.alpha is None else config.alpha
-    network.requires_grad_(False)
     return LoraBranches(parts, chosen, config.rank, alpha, generator(seed, "adapter"))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from conditioning import ClipTextEncoder
 from ldm import TextToImage
@@ -25,8 +26,7 @@ Build = Callable[[Model], Adapter]
 
 def lora(model: Model) -> LoraBranches:
     parts = adapted_parts(model.unet, model.text_encoder)
-    for part in parts.values():
-        part.requires_grad_(False)
+    model.text_encoder.set_trainable(True)
     return LoraBranches(parts, TARGETS, 3, 6.0, torch.Generator().manual_seed(1))
 
 
@@ -176,6 +176,33 @@ def test_a_new_token_starts_as_its_initializer_and_has_an_id_of_its_own(tiny_mod
     adapter.eject()
     with pytest.raises(ValueError, match="has no tokens"):
         TextualInversion(encoder, "<heart>", " ")
+
+
+def test_a_layer_that_nobody_reads_gets_no_branch(tiny_model_folder: Path) -> None:
+    """As the last layer behind a penultimate context: its branch would never see a gradient."""
+    model = read_model(tiny_model_folder)
+    model.text_encoder.set_trainable(True)
+    model.unet.mid_block.requires_grad_(False)  # type: ignore[union-attr]
+    adapter = lora(model)
+    names = adapter.lora().parts["unet"]
+    assert names and not any(name.startswith("mid_block") for name in names)
+    assert not any(p.requires_grad for p in (*model.unet.parameters(), *model.text_encoder.parameters()))
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        parts = adapted_parts(model.unet, model.text_encoder)
+        LoraBranches(parts, {"unet": ("to_q",)}, 2, 2.0, torch.Generator())
+
+
+def test_transformers_reads_the_extended_vocabulary(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = read_model(tiny_model_folder)
+    adapter = inversion(model)
+    with adapter.merged():
+        write_model(model, tmp_path / "model")
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "model" / "tokenizer")
+    text = "a large <heart> on a <HEART>, red"
+    ids = theirs(text, padding="max_length", truncation=True).input_ids
+    assert ids == model.text_encoder.tokenize([text])[0].tolist()
+    read = read_model(tmp_path / "model").text_encoder
+    assert torch.equal(read.tokenize([text]), model.text_encoder.tokenize([text]))
 
 
 def test_diffusers_draws_the_same_with_the_learnt_token(tiny_model_folder: Path, tmp_path: Path) -> None:
