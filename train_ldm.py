@@ -77,7 +77,7 @@ def main() -> None:
         pictures = len(build_source(config.data, data.split, config.seed))
         trial.mark(f"{cache.read} encoded pictures", pictures / cache.read)
     prior = None
-    if base is not None and config.prior_preservation.class_prompts:
+    if base is not None and config.prior_preservation.wanted:
         drawn = class_images(config, base, run.folder / "class_images", accelerator, launch.dry_run)
         prior = encoded_data(drawn, config, vae, run.folder / "class_latents", accelerator, skips)
     held_out = validation_latents(build_data(data, data.validation_split, config.seed), config, vae)

@@ -237,12 +237,16 @@ REFUSED = {
     ),
     "prior alone": (
         {"pretrained": None, "autoencoder": "vae", "prior_preservation": {"class_prompts": ["x"]}},
-        "`prior_preservation.class_prompts` are given without `pretrained`",
+        "`prior_preservation` has class prompts without `pretrained`",
     ),
     "muon": ({**INVERSION, "optimizer": {"type": "muon"}}, "`optimizer.type` is muon with an `adapter`"),
     "rank": ({"adapter": {"type": "lora", "rank": 0}}, "`adapter.rank` is 0"),
     "type": ({"adapter": {"type": "lore"}}, "`adapter.type` is 'lore'; it must be one of lora, textual_inversion"),
     "token": ({"adapter": {"type": "textual_inversion", "token": "a heart", "initializer": "x"}}, "`adapter.token`"),
+    "prompts twice": (
+        {"prior_preservation": {"class_prompts": ["x"], "class_prompts_file": "y.txt"}},
+        "`prior_preservation.class_prompts_file` is 'y.txt' beside",
+    ),
     "odd batch": (
         {"training": {"train_batch_size": 3}, "prior_preservation": {"class_prompts": ["x"]}},
         "`training.train_batch_size` is 3",
@@ -266,6 +270,10 @@ def test_a_config_that_cannot_work_is_one_sentence(tmp_path: Path, case: str) ->
         (["--adapter.targets", "[to_z]"], "`adapter`: 'to_z' ends the name of no"),
         (["--unet.layers_per_block", "3"], "`unet` is given with `pretrained`"),
         (["--diffusion.prediction_type", "sample"], "`diffusion` is given with `pretrained`"),
+        (
+            ["--prior_preservation.class_prompts", "[]", "--prior_preservation.class_prompts_file", "no.txt"],
+            "no.txt cannot be read",
+        ),
         (["--pretrained", "nowhere/at/all"], "`pretrained`: nowhere/at/all is no model folder"),
         (["--text_encoder", "{type: clip}"], "`text_encoder.type` must be pretrained"),
     ],

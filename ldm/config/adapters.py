@@ -57,10 +57,12 @@ class PriorPreservationConfig:
     """Pictures that the pretrained model draws beforehand keep it what it was (Ruiz et al. 2023, section 3.3).
 
     Half of every batch are `num_class_images` pictures of `class_prompts`, in turn, whose mean loss counts
-    `prior_loss_weight` times (lambda of equation 2). Without class prompts there is no such half.
+    `prior_loss_weight` times (lambda of equation 2). Without class prompts there is no such half. Many of them may
+    stand in `class_prompts_file`, one a line.
     """
 
     class_prompts: tuple[str, ...] = ()
+    class_prompts_file: str | None = None
     num_class_images: int = 200
     prior_loss_weight: float = 1.0
     batch_size: int = 8
@@ -68,3 +70,13 @@ class PriorPreservationConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "prior_preservation", 1, "num_class_images", "batch_size")
         require_positive(self, "prior_preservation", "prior_loss_weight")
+        require(
+            not self.class_prompts or self.class_prompts_file is None,
+            f"`prior_preservation.class_prompts_file` is {self.class_prompts_file!r} beside "
+            "`prior_preservation.class_prompts`; give one of the two",
+        )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are class prompts."""
+        return bool(self.class_prompts) or self.class_prompts_file is not None

@@ -185,27 +185,27 @@ class LdmTraining:
             isinstance(self.adapter, LoraConfig | NoAdapter) or not self.latents.cache_text,
             "`latents.cache_text` is true, but `adapter` learns a token of the text encoder; it must be false",
         )
-        if self.prior_preservation.class_prompts:
+        if self.prior_preservation.wanted:
             self._check_prior()
 
     def _check_prior(self) -> None:
         batch, ratio = self.training.train_batch_size, self.data.buckets.max_aspect_ratio
         require(
             self.pretrained is not None,
-            "`prior_preservation.class_prompts` are given without `pretrained`, the model that draws them",
+            "`prior_preservation` has class prompts without `pretrained`, the model that draws them",
         )
         require(
             batch % 2 == 0,
-            f"`training.train_batch_size` is {batch} with `prior_preservation.class_prompts`, whose pictures are half "
+            f"`training.train_batch_size` is {batch} with `prior_preservation`, whose pictures are half "
             "of it; it must be even",
         )
         require(
             ratio == 1,
-            f"`data.buckets.max_aspect_ratio` is {ratio} with `prior_preservation.class_prompts`; it must be 1",
+            f"`data.buckets.max_aspect_ratio` is {ratio} with `prior_preservation`; it must be 1",
         )
         require(
             not self.latents.cache_text,
-            "`latents.cache_text` is true with `prior_preservation.class_prompts`; it must be false",
+            "`latents.cache_text` is true with `prior_preservation`; it must be false",
         )
 
     def _check_timesteps(self) -> None:

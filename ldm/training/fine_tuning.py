@@ -113,11 +113,12 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
     with the first missing one. `few` draws one batch, for a dry run.
 
     Raises:
-        ValueError: the folder holds pictures of other prompts.
+        ValueError: the folder holds pictures of other prompts, or the file of prompts holds none.
     """
     prior = config.prior_preservation
+    given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
     count = min(prior.num_class_images, prior.batch_size) if few else prior.num_class_images
-    prompts = [prior.class_prompts[i % len(prior.class_prompts)] for i in range(count)]
+    prompts = [given[i % len(given)] for i in range(count)]
     pictures, table = folder / "train", folder / "train" / "metadata.jsonl"
     with accelerator.main_process_first():
         if accelerator.is_main_process and not table.exists():
@@ -128,6 +129,16 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
     if [json.loads(line)["text"] for line in table.read_text(encoding="utf-8").splitlines()] != prompts:
         raise ValueError(f"{folder} holds pictures of other class prompts; delete it to draw those of this config")
     return open_source(str(folder), "train", config.data.resolution)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"`prior_preservation.class_prompts_file`: {file} cannot be read: {error}") from error
+    if not found:
+        raise ConfigError(f"`prior_preservation.class_prompts_file`: {file} holds no prompts")
+    return found
 
 
 def _draw_class_images(pipe: TextToImage, prompts: Sequence[str], folder: Path, seed: int, batch_size: int) -> None:
