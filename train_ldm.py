@@ -1,4 +1,4 @@
-"""Stage two: train a text-conditioned U-Net on the latents of a trained autoencoder.
+"""Stage two: train a text-conditioned U-Net on the latents of a trained autoencoder, or fine-tune a whole model.
 
 accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from autoencoder import Autoencoder, LatentCodec
+from autoencoder import LatentCodec
 from ldm.build import (
     build_data,
     build_objective,
@@ -28,15 +28,15 @@ from ldm.build import (
 from ldm.config import LdmTraining
 from ldm.config.file import dump_config, parse_command_line
 from ldm.data.batches import SkipCounter
-from ldm.data.latent_batches import latent_batches
-from ldm.pretrained import Model, read_vae, resolve, write_model
+from ldm.pretrained import read_vae, resolve
 from ldm.tasks.text_to_image import ConditionedUNet, TextToImageTask
 from ldm.training.captions import caption_source
-from ldm.training.card import model_card
 from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
+from ldm.training.export import export, trained_model
+from ldm.training.fine_tuning import build_trained, class_images, starting_model
 from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard
-from ldm.training.latent_data import encoded_data, trial_data, validation_latents
+from ldm.training.latent_data import encoded_data, training_batches, trial_data, validation_latents
 from ldm.training.launch import (
     batch_plan,
     due,
@@ -59,13 +59,14 @@ CAPTIONS_FOR_VOCABULARY = 100_000
 
 def main() -> None:
     # 1. Config
-    config, launch = parse_command_line(LdmTraining, sys.argv[1:])
+    given, launch = parse_command_line(LdmTraining, sys.argv[1:])
+    config, base = starting_model(given)
     training, total = config.training, config.training.max_train_steps
     accelerator, stop, trial = place(config), StopSignal(), Trial()
     run = open_run(accelerator, config, launch)
 
     # 2. Parts
-    vae = read_vae(resolve(config.autoencoder)).to(accelerator.device)
+    vae = (read_vae(resolve(str(config.autoencoder))) if base is None else base.vae).to(accelerator.device)
     check_resolution(config, vae.downsample_factor)
     data, latents = (trial_data(config.data), None) if launch.dry_run else (config.data, config.latents.folder)
     source = build_data(data, data.split, config.seed)
@@ -75,22 +76,31 @@ def main() -> None:
     if launch.dry_run:
         pictures = len(build_source(config.data, data.split, config.seed))
         trial.mark(f"{cache.read} encoded pictures", pictures / cache.read)
+    prior = None
+    if base is not None and config.prior_preservation.wanted:
+        drawn = class_images(config, base, run.folder / "class_images", accelerator, launch.dry_run)
+        prior = encoded_data(drawn, config, vae, run.folder / "class_latents", accelerator, skips)
     held_out = validation_latents(build_data(data, data.validation_split, config.seed), config, vae)
     vocabulary = itertools.islice(itertools.chain.from_iterable(cache.captions), CAPTIONS_FOR_VOCABULARY)
-    with accelerator.main_process_first():
-        text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
-    unet = build_unet(config, vae.latent_channels, text_encoder)
+    if base is not None:
+        text_encoder, unet = base.text_encoder.to(accelerator.device), base.unet.to(accelerator.device)
+    else:
+        with accelerator.main_process_first():
+            text_encoder = build_text_encoder(config.text_encoder, vocabulary, config.seed, run.folder / "tokenizer")
+        unet = build_unet(config, vae.latent_channels, text_encoder)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder, vae.downsample_factor)
+    trained = build_trained(config, network)
     optimizer = optimizer_of(network, config.optimizer)
-    accelerator.print(f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters")
+    sizes = f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters"
+    accelerator.print(sizes if trained is network else f"{sizes}, adapter {parameter_count(trained)}")
 
     # 3. Placement
     if training.torch_compile:
         unet.compile()
     model, scaling = accelerator.prepare(network), LossScaling(accelerator)
-    ema = Ema(network, training.ema_decay)
+    ema = Ema(trained, training.ema_decay)
     guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
     objective = build_objective(config)
     timesteps = build_timesteps(config, objective, accelerator.gather)
@@ -107,19 +117,19 @@ def main() -> None:
         config.seed,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
-    parts: dict[str, Stateful] = {"network": network, "optimizer": optimizer, **scaling.parts(), **timesteps.parts()}
+    parts: dict[str, Stateful] = {"network": trained, "optimizer": optimizer, **scaling.parts(), **timesteps.parts()}
     checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
     first = checkpoint.resume()
 
     # 4. Loop
     plan = batch_plan(training, accelerator)
     steps = trial_steps(total, 0) if launch.dry_run else range(first, total)
-    batches = latent_batches(cache, plan, config.seed, first, first + len(steps))
+    batches = training_batches(cache, prior, config, plan, first, first + len(steps))
     log = TrainingLog(accelerator, run.folder, first, total, plan.global_size, quiet=launch.dry_run)
     mean = mean_over_processes(accelerator)
     by_timestep = TimestepLosses(config.diffusion.num_train_timesteps, mean)
-    bare, drawn = dataclasses.replace(task, model=network), trained_model(config, vae, network)
-    validate = partial(validate_ldm, bare, drawn, ema, held_out, config, run, log, stop)
+    bare, model_now = dataclasses.replace(task, model=network), trained_model(config, vae, network)
+    validate = partial(validate_ldm, bare, model_now, ema, held_out, config, run, log, stop)
     if run.lacks_sample(first, config.validation.steps, total):
         validate(first)
     with stop.deferred(), last_state_named(run):
@@ -172,25 +182,10 @@ def main() -> None:
     # 5. Export
     if accelerator.is_main_process:
         with ema.applied():
-            finished = trained_model(config, vae, network)
-            write_model(dataclasses.replace(finished, card=model_card(config, finished.settings)), run.export)
+            export(config, vae, network, trained, run)
         log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()
-
-
-def trained_model(config: LdmTraining, vae: Autoencoder, network: ConditionedUNet) -> Model:
-    """The parts as they stand now, with the sampling defaults of the config."""
-    side = config.data.resolution // vae.downsample_factor
-    network.unet.config = dataclasses.replace(network.unet.config, sample_size=side)
-    chosen = config.validation
-    settings = {
-        "sampler": chosen.sampler,
-        "num_inference_steps": chosen.num_inference_steps,
-        "guidance_scale": chosen.guidance_scale,
-        "training": dump_config(config),
-    }
-    return Model(vae, network.unet, network.text_encoder, config.diffusion, settings)
 
 
 if __name__ == "__main__":

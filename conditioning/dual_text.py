@@ -81,6 +81,13 @@ class DualTextEncoder(TextEncoder):
             )
         )
 
+    def set_trainable(self, trainable: bool) -> None:
+        """The same for both, but for what the first has behind its context."""
+        super().set_trainable(trainable)
+        self.first.trainable = self.second.trainable = trainable
+        for unread in self.first.beyond_context():
+            unread.requires_grad_(False)
+
     def beyond_context(self) -> list[nn.Module]:
         return self.second.beyond_context()
 

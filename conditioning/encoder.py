@@ -61,6 +61,11 @@ class TextEncoder(nn.Module, ABC):
         """`encode`."""
         return self.encode(tokens)
 
+    def set_trainable(self, trainable: bool) -> None:
+        """Whether the parameters take gradients from now on."""
+        self.trainable = trainable
+        self.requires_grad_(trainable)
+
     def beyond_context(self) -> list[nn.Module]:
         """The modules that the pooled vector needs and the context does not; where nobody reads the pooled vector no
         gradient reaches them, which distributed training does not allow for a trained weight."""

@@ -117,6 +117,21 @@ class ClipTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def with_token(self, token: str) -> ClipTokenizer:
+        """The same tokenizer with one more token, which is cut out of the text before BPE and gets the next free id.
+
+        Raises:
+            ValueError: it has the token already, or would not find it in a text.
+        """
+        known = self._tokenizer.get_added_tokens_decoder()
+        if self._tokenizer.token_to_id(token) is not None:
+            raise ValueError(f"the tokenizer has the token {token!r} already; choose another word")
+        added = [*(known[index] for index in sorted(known)), AddedToken(token, normalized=True)]
+        extended = ClipTokenizer(self._vocab, self._merges, self.special, added, self.model_max_length)
+        if extended.ids(token) != [self.vocab_size]:
+            raise ValueError(f"the token {token!r} is not found in a text; take a word such as '<heart>'")
+        return extended
+
     def count(self, text: str) -> int:
         """Number of tokens of the whole `text`, start and end token included, before any truncation."""
         return len(self._tokenizer.encode(text).ids)

@@ -50,6 +50,7 @@ from ldm.config import (
     PerceptualConfig,
     PretrainedClip,
     PretrainedT5,
+    PretrainedText,
     PretrainedTransformer,
     ScratchClip,
     TextEncoderConfig,
@@ -57,6 +58,7 @@ from ldm.config import (
 )
 from ldm.data.batches import PixelBatch, Transform, pixel_batches, stream_batches
 from ldm.data.buckets import Buckets
+from ldm.data.instances import InstanceSource
 from ldm.data.order import BatchPlan
 from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, Stream, open_source, open_stream
@@ -71,6 +73,8 @@ from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDra
 
 def build_source(config: DataConfig, split: str, seed: int) -> Source:
     """The training or validation data of a config, with random access."""
+    if config.instance_prompt is not None:
+        return InstanceSource(config.source, config.instance_prompt)
     validation = split == config.validation_split
     return open_source(
         (config.validation_source or config.source) if validation else config.source,
@@ -256,6 +260,8 @@ def build_text_encoder(
             case PretrainedT5():
                 parts = text_folders(resolve(config.path))
                 return T5TextEncoder.from_pretrained(*parts, config.max_length, config.trainable)
+            case PretrainedText():
+                raise ConfigError("`text_encoder.type` is pretrained, but there is no `pretrained`, whose it would be")
             case PretrainedTransformer():
                 parts = text_folders(resolve(config.path))
                 return TransformersTextEncoder.from_pretrained(*parts, config.max_length, config.trainable)

@@ -17,9 +17,10 @@ from autoencoder import Decode, LatentCodec, strip_decode, tiled_decode
 from autoencoder.codec import whole_decode
 from autoencoder.preview import LinearPreview
 from conditioning import Conditioning, PromptSyntax, condition_batches
+from ldm.adapters import LORA_NAMES, MergedLoras, adapted_parts, read_lora
 from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
 from ldm.networks import uncropped
-from ldm.pretrained import BUNDLED, Model, read_model, write_model
+from ldm.pretrained import BUNDLED, Model, read_model, resolve, write_model
 from ldm.process import at_unit_variance
 from ldm.process.posterior import q_sample
 from ldm.process.prediction import Prediction, check_choice
@@ -81,6 +82,7 @@ class TextToImage:
         self.model = model
         for part in (model.vae, model.unet, model.text_encoder):
             part.to(self.device, self.dtype).eval()
+        self.loras = MergedLoras(adapted_parts(model.unet, model.text_encoder))
         self.codec = LatentCodec.from_config(model.vae)
         self.process = model.diffusion.schedule()
         self.schedule = at_unit_variance(self.process)
@@ -112,6 +114,21 @@ class TextToImage:
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Writes the model folder in the diffusers pipeline layout, its weights in `dtype`."""
         write_model(self.model, folder, dtype)
+
+    def load_lora(self, name: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Merges a LoRA into the weights, `scale` times, beside those that are there already.
+
+        Args:
+            name: a file in the format of diffusers, PEFT or kohya, a folder with one, or a hub id.
+
+        Raises:
+            ModelError: one sentence naming the file and the key at fault; the weights are as before.
+        """
+        self.loras.add(read_lora(resolve(name, files=LORA_NAMES), self.model.unet.config), scale)
+
+    def unload_loras(self) -> None:
+        """Puts the model's own weights back, bit for bit."""
+        self.loras.eject()
 
     @property
     def default_size(self) -> int:

@@ -56,12 +56,18 @@ class Model:
     card: str = ""
 
 
-def resolve(name: str | os.PathLike[str], revision: str | None = None, variant: str | None = None) -> Path:
+def resolve(
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    variant: str | None = None,
+    files: Sequence[str] | None = None,
+) -> Path:
     """A local folder or file, or a hub id downloaded into the Hugging Face cache (read from it when offline).
 
     Args:
         revision: branch, tag or commit of a hub id.
         variant: which weight files of a hub id to download, such as "fp16".
+        files: patterns of what to download of a hub id, in the place of a model's files.
 
     Raises:
         ModelError: when there is neither.
@@ -74,7 +80,8 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None, variant: 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=hub_files(variant)))
+        patterns = hub_files(variant) if files is None else list(files)
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{name} is not a folder here and cannot be had from the hub: {reason}") from error

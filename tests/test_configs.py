@@ -19,6 +19,7 @@ from ldm.build import (
     build_objective,
     build_penalties,
     build_perceptual,
+    build_source,
     check_resolution,
 )
 from ldm.config import AutoencoderTraining, ClassifierTraining, LdmTraining, ScratchClip
@@ -26,13 +27,16 @@ from ldm.config.file import dump_config, load_config
 from ldm.data.order import BatchPlan
 from ldm.networks import UNet
 from ldm.tasks.autoencoder import AutoencoderTask
+from ldm.tasks.text_to_image import ConditionedUNet
+from ldm.training.fine_tuning import build_trained, starting_model
 from ldm.training.optim import adamw
 
 FOLDER = Path(__file__).parent.parent / "train_configs"
 FILES = [f for f in sorted(FOLDER.rglob("*.yaml")) if "accelerate" not in f.relative_to(FOLDER).parts]
 STAGE_ONE = [f for f in FILES if "autoencoder" in f.name]
 CLASSIFIERS = [f for f in FILES if "classifier" in f.name]
-STAGE_TWO = [f for f in FILES if f not in STAGE_ONE + CLASSIFIERS]
+FINE_TUNING = [f for f in FILES if f.name in ("dreambooth.yaml", "textual_inversion.yaml")]
+STAGE_TWO = [f for f in FILES if f not in STAGE_ONE + CLASSIFIERS + FINE_TUNING]
 
 
 def named(files: list[Path]) -> pytest.MarkDecorator:
@@ -138,13 +142,25 @@ def test_a_stage_two_file_builds(path: Path) -> None:
 @named(STAGE_TWO)
 def test_a_stage_two_file_fits_the_stage_one_file_that_it_names(path: Path) -> None:
     config = load_config(LdmTraining, path)
-    if not config.autoencoder.startswith("runs/"):
+    if config.autoencoder is None or not config.autoencoder.startswith("runs/"):
         return
     stage_one = written_by(config.autoencoder)
     assert stage_one is not None, f"no config writes {config.autoencoder}"
     assert config.unet.in_channels == config.unet.out_channels == stage_one.autoencoder.latent_channels
     assert config.data.resolution == stage_one.data.resolution
     assert config.data.source == stage_one.data.source
+
+
+@named(FINE_TUNING)
+def test_a_fine_tuning_file_fits_the_model_and_the_pictures_that_it_names(path: Path) -> None:
+    given = load_config(LdmTraining, path)
+    config, base = starting_model(given)
+    assert base is not None and base.text_encoder.trainable == getattr(given.text_encoder, "trainable", False)
+    check_resolution(config, base.vae.downsample_factor)
+    network = ConditionedUNet(base.unet, base.text_encoder, base.vae.downsample_factor)
+    trained = build_trained(config, network)
+    assert {id(p) for p in network.parameters() if p.requires_grad} == {id(p) for p in trained.parameters()}
+    assert len(build_source(config.data, config.data.split, 0)) == 5
 
 
 @named(CLASSIFIERS)

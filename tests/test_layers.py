@@ -20,6 +20,7 @@ LAYERS = {
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 NEIGHBOURS = {
+    ("ldm.adapters", "ldm.interop"),
     ("ldm.pipeline", "ldm.pretrained"),
     ("ldm.pretrained", "ldm.single_file"),
     ("ldm.build", "ldm.config"),

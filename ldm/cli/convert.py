@@ -1,4 +1,4 @@
-"""ldm-convert: models between pipeline folders and single files, and which tools will open them."""
+"""ldm-convert: models between pipeline folders and single files, LoRAs between formats, and which tools open what."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     p = argparse.ArgumentParser(
         prog="ldm-convert",
-        description="Convert a model between a diffusers folder and a single file in the original layout.",
+        description="Convert a model between a diffusers folder and a single file in the original layout, or a LoRA "
+        "between the formats of diffusers and kohya.",
         allow_abbrev=False,
     )
-    p.add_argument("source", nargs="?", help="model folder, single file or hub id")
+    p.add_argument("source", nargs="?", help="model folder, single file, hub id, or LoRA file")
     p.add_argument("target", nargs="?", help="folder, or a file whose name ends in .safetensors")
-    p.add_argument("--to", choices=("diffusers", "single-file"), help="what to write")
+    p.add_argument("--to", choices=("diffusers", "single-file", "kohya"), help="what to write")
     p.add_argument("--dtype", choices=DTYPES, default=None, help="of the stored weights (default: as they are)")
     p.add_argument("--check", metavar="MODEL", help="say which tools will open a model and why not, and write nothing")
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> str:
             raise ValueError("--check MODEL writes nothing, so it takes no SOURCE, TARGET and --to")
         return report(args.check, args.revision, args.variant, args.allow_pickle)
     if args.source is None or args.target is None or args.to is None:
-        raise ValueError("ldm-convert needs SOURCE TARGET --to diffusers|single-file, or --check MODEL")
+        raise ValueError("ldm-convert needs SOURCE TARGET --to diffusers|single-file|kohya, or --check MODEL")
     return "\n".join(map(str, _convert(args)))
 
 
@@ -64,7 +65,9 @@ def _convert(args: argparse.Namespace) -> list[Path]:
     from ldm.interop.checkpoint import write_folder
     from ldm.single_file import write_single_file
 
-    target = Path(args.target).expanduser()
+    target, source = Path(args.target).expanduser(), Path(args.source).expanduser()
+    if args.to == "kohya" or (source.exists() and _holds_lora(source)):
+        return [_convert_lora(source, target, args)]
     _refuse_target(target, args.to)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     checkpoint = read_checkpoint(args.source, args.revision, args.variant, args.allow_pickle)[0]
@@ -72,6 +75,25 @@ def _convert(args: argparse.Namespace) -> list[Path]:
         return write_single_file(checkpoint, target, dtype)
     write_folder(checkpoint, target, dtype, args.variant, args.max_shard_size)
     return [target]
+
+
+def _holds_lora(source: Path) -> bool:
+    from ldm.adapters import holds_lora
+
+    return holds_lora(source)
+
+
+def _convert_lora(source: Path, target: Path, args: argparse.Namespace) -> Path:
+    from ldm.adapters import read_lora, write_diffusers_lora, write_kohya_lora
+
+    given = [f"--{name}" for name in ("dtype", "revision", "variant", "max_shard_size") if getattr(args, name)]
+    if args.to == "single-file":
+        raise ValueError(f"{source} is a LoRA, so --to is diffusers or kohya")
+    if given:
+        raise ValueError(f"{given[0].replace('_', '-')} belongs to a model, but {source} is converted as a LoRA")
+    if target.suffix != ".safetensors" or target.is_dir():
+        raise ValueError(f"TARGET {target} must be a file whose name ends in .safetensors")
+    return (write_kohya_lora if args.to == "kohya" else write_diffusers_lora)(read_lora(source), target)
 
 
 def _refuse_target(target: Path, to: str) -> None:

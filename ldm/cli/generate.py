@@ -39,6 +39,7 @@ STORED_KINDS: dict[str, tuple[type, ...]] = {
     "model": (str, type(None)),
     "revision": (str, type(None)),
     "variant": (str, type(None)),
+    "lora": (list,),
     "dtype": (str, type(None)),
     "steps": (int,),
     "guidance_scale": (int, float),
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
     p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
+    p.add_argument("--lora", metavar="PATH[:SCALE]", action="append", default=[], help="may be given several times")
     p.add_argument(
         "--prompt-syntax",
         choices=("plain", "a1111"),
@@ -155,8 +157,9 @@ def _load(args: argparse.Namespace) -> TextToImage:
 
     from ldm.pipeline import TextToImage
 
+    loras = [_scaled(text) for text in args.lora]
     placed = usable_device(args.device)
-    return TextToImage.from_pretrained(
+    pipe = TextToImage.from_pretrained(
         args.model,
         placed,
         getattr(torch, args.dtype) if args.dtype else None,
@@ -164,6 +167,20 @@ def _load(args: argparse.Namespace) -> TextToImage:
         variant=args.variant,
         allow_pickle=args.allow_pickle,
     )
+    for path, scale in loras:
+        pipe.load_lora(path, scale)
+    return pipe
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """Path and scale of `PATH[:SCALE]`; a colon that belongs to the path of a file is left there."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError as error:
+        raise ValueError(f"--lora {text}: the scale {scale!r} is not a number") from error
 
 
 def _pictures(args: argparse.Namespace, prompts: list[str], places: list[float] | None) -> list[dict[str, Any]]:
@@ -241,6 +258,7 @@ def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "revision": args.revision,
         "variant": args.variant,
+        "lora": args.lora,
         "dtype": args.dtype,
         "steps": pipe.setting("num_inference_steps", args.steps),
         "guidance_scale": pipe.setting("guidance_scale", args.guidance_scale),
@@ -297,10 +315,11 @@ def png_text(settings: dict[str, Any]) -> PngInfo:
 def _repeated(argv: Sequence[str], png: str) -> argparse.Namespace:
     """The flags of `argv`, with what the PNG holds in the place of the defaults."""
     stored = _stored(png)
-    prompt = stored.pop("prompt")
+    prompt, loras = stored.pop("prompt"), stored.pop("lora", [])
     p = parser()
     p.set_defaults(**stored)
     args = p.parse_args(list(argv))
+    args.lora = args.lora or loras
     if not args.prompt and not args.prompts_file:
         args.prompt = [prompt]
     return args

@@ -1,5 +1,12 @@
 """Training configurations: frozen dataclasses, and what each refuses. `ldm.config.file` fills them from YAML."""
 
+from ldm.config.adapters import (
+    AdapterConfig,
+    LoraConfig,
+    NoAdapter,
+    PriorPreservationConfig,
+    TextualInversionConfig,
+)
 from ldm.config.classifier import ClassifierTraining
 from ldm.config.common import (
     TRACKERS,
@@ -24,6 +31,7 @@ from ldm.config.text_encoders import (
     OpenClip,
     PretrainedClip,
     PretrainedT5,
+    PretrainedText,
     PretrainedTransformer,
     ScratchClip,
     TextEncoderConfig,
@@ -31,6 +39,7 @@ from ldm.config.text_encoders import (
 
 __all__ = [
     "TRACKERS",
+    "AdapterConfig",
     "AutoencoderLossConfig",
     "AutoencoderTraining",
     "BucketConfig",
@@ -42,17 +51,22 @@ __all__ = [
     "DualClip",
     "LatentCacheConfig",
     "LdmTraining",
+    "LoraConfig",
+    "NoAdapter",
     "ObjectiveConfig",
     "OpenClip",
     "OptimizerConfig",
     "PerceptualConfig",
     "PretrainedClip",
     "PretrainedT5",
+    "PretrainedText",
     "PretrainedTransformer",
+    "PriorPreservationConfig",
     "ReconstructionValidation",
     "SampleValidation",
     "ScratchClip",
     "TextEncoderConfig",
+    "TextualInversionConfig",
     "TrainingConfig",
     "check_buckets",
 ]

@@ -31,10 +31,13 @@ class DataConfig:
     """Where the captioned images come from and how they become tensors.
 
     `source` is `shapes`, `emoji`, a folder, a `.parquet` file or glob, a `.tar` file or glob (WebDataset) or a hub id.
+    With `instance_prompt` it is a folder of pictures that all have this caption, and all are trained on. `split` all
+    holds nothing out of a source that has no splits.
     `min_crop` is the least side of a training crop as a fraction of the picture's shorter side; see `Transform`.
     """
 
     source: str = "shapes"
+    instance_prompt: str | None = None
     validation_source: str | None = None
     split: str = "train"
     validation_split: str = "validation"
@@ -79,6 +82,10 @@ class DataConfig:
             not self.streaming or self.max_train_samples is None,
             f"`data.max_train_samples` is {self.max_train_samples} with `data.streaming` true; it must be null, a "
             "stream is read to its end",
+        )
+        require(
+            self.instance_prompt is None or not self.streaming,
+            "`data.streaming` is true with `data.instance_prompt`, which is for a few pictures; it must be false",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ldm.config.adapters import AdapterConfig, LoraConfig, NoAdapter, PriorPreservationConfig
 from ldm.config.common import (
     ConfigError,
     DataConfig,
@@ -123,16 +124,22 @@ class LatentCacheConfig:
 
 @dataclass(frozen=True)
 class LdmTraining:
-    """Everything `train_ldm.py` needs. `autoencoder` is a model folder, a `vae/` folder or a hub id."""
+    """Everything `train_ldm.py` needs. `autoencoder` is a model folder, a `vae/` folder or a hub id.
+
+    `pretrained`, a model folder, single file or hub id, brings autoencoder, text encoder, U-Net and process with it.
+    """
 
     output_dir: str
-    autoencoder: str
+    autoencoder: str | None = None
+    pretrained: str | None = None
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
     text_encoder: TextEncoderConfig = field(default_factory=ScratchClip)
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig | FlowConfig | VeConfig = field(default_factory=DiffusionConfig)
+    adapter: AdapterConfig = field(default_factory=NoAdapter)
+    prior_preservation: PriorPreservationConfig = field(default_factory=PriorPreservationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -158,6 +165,48 @@ class LdmTraining:
             f"`validation.num_inference_steps` is {steps}; `diffusion.num_train_timesteps` allows at most {trained}",
         )
         self._check_timesteps()
+        self._check_pretrained()
+
+    def _check_pretrained(self) -> None:
+        require(
+            (self.autoencoder is None) != (self.pretrained is None),
+            f"`autoencoder` is {self.autoencoder!r} and `pretrained` {self.pretrained!r}; one of the two must name a "
+            "model, for a training from scratch or from that model",
+        )
+        require(
+            self.pretrained is not None or isinstance(self.adapter, NoAdapter),
+            "`adapter` is given without `pretrained`; it needs a model to adapt",
+        )
+        require(
+            isinstance(self.adapter, NoAdapter) or self.optimizer.type == "adamw",
+            f"`optimizer.type` is {self.optimizer.type} with an `adapter`; it must be adamw",
+        )
+        require(
+            isinstance(self.adapter, LoraConfig | NoAdapter) or not self.latents.cache_text,
+            "`latents.cache_text` is true, but `adapter` learns a token of the text encoder; it must be false",
+        )
+        if self.prior_preservation.wanted:
+            self._check_prior()
+
+    def _check_prior(self) -> None:
+        batch, ratio = self.training.train_batch_size, self.data.buckets.max_aspect_ratio
+        require(
+            self.pretrained is not None,
+            "`prior_preservation` has class prompts without `pretrained`, the model that draws them",
+        )
+        require(
+            batch % 2 == 0,
+            f"`training.train_batch_size` is {batch} with `prior_preservation`, whose pictures are half "
+            "of it; it must be even",
+        )
+        require(
+            ratio == 1,
+            f"`data.buckets.max_aspect_ratio` is {ratio} with `prior_preservation`; it must be 1",
+        )
+        require(
+            not self.latents.cache_text,
+            "`latents.cache_text` is true with `prior_preservation`; it must be false",
+        )
 
     def _check_timesteps(self) -> None:
         sampling, shift = self.objective.timestep_sampling, self.objective.time_shift

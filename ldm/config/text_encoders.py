@@ -36,6 +36,14 @@ class ScratchClip(TextEncoderConfig):
     max_length: int = 77
 
 
+@TextEncoderConfig.register_subclass("pretrained")
+@dataclass(frozen=True)
+class PretrainedText(TextEncoderConfig):
+    """That of the model in `pretrained`."""
+
+    trainable: bool = False
+
+
 @TextEncoderConfig.register_subclass("open_clip")
 @dataclass(frozen=True)
 class OpenClip(TextEncoderConfig):

@@ -18,7 +18,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +76,15 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """moments [B, 2C, h, w]; one caption a row; where each row stands in the global batch."""
+    """moments [B, 2C, h, w]; one caption a row; where each row stands in the global batch; how much its loss counts."""
 
     moments: Tensor
     captions: tuple[str, ...]
     rows: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
 
     def to(self, device: torch.device) -> LatentBatch:
-        return LatentBatch(self.moments.to(device, non_blocking=True), self.captions, self.rows)
+        return replace(self, moments=self.moments.to(device, non_blocking=True))
 
 
 def build_cache(

@@ -75,7 +75,7 @@ def open_source(
     """Opens a map-style source.
 
     Data without splits of their own give every 50th example to `validation` (of fewer than 50, the last one) and the
-    others to `train`.
+    others to `train`; `all` is both together.
 
     Raises:
         ValueError: naming the source when it does not exist, has no such split or column, or is empty.
@@ -360,8 +360,12 @@ def _first_line(error: Exception) -> str:
 
 def _held_out(rows: Any, source: str, split: str, streaming: bool) -> Any:
     """The rows of `split` by their place in the unshuffled order, the same ones with and without streaming."""
+    if split == "all":
+        return rows
     if split not in ("train", "validation"):
-        raise ValueError(f"{source} has no splits of its own, so data.split is 'train' or 'validation', not {split!r}")
+        raise ValueError(
+            f"{source} has no splits of its own, so data.split is 'train', 'validation' or 'all', not {split!r}"
+        )
 
     stride = HOLDOUT if streaming else max(2, min(HOLDOUT, len(rows)))
 

@@ -69,6 +69,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise _unreadable(path, error) from error
 
 
+def read_names(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors, without reading them. Raises as `read_tensors`."""
+    _refuse_pickle(path)
+    return list(_opened(path, lambda file, key: None))
+
+
 def _opened(path: Path, value: Any) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -32,6 +32,7 @@ class ConditionedUNet(nn.Module):
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder, downsample_factor: int = 8) -> None:
         super().__init__()
+        self.adapter: nn.Module | None = None  # its parameters are trained with the others, whatever it acts on
         self.unet, self.text_encoder, self.downsample_factor = unet, text_encoder, downsample_factor
         self.reads_pooled = unet.config.addition_embed_type == "text_time"
         for unread in [] if self.reads_pooled else text_encoder.beyond_context():
@@ -90,6 +91,8 @@ class TextToImageTask:
         text = self.captions(batch.captions, self.proportion_empty_prompts, row_uniform(rows))
         losses, t = self._denoising(batch, noise, eps, input_eps, t, text)
         self.timesteps.learn(batch.rows, t, losses)
+        if batch.weights is not None:
+            weight = weight * torch.tensor(batch.weights)
         return DenoisingLoss((losses * weight.to(losses)).mean(), losses.detach(), t)
 
     @torch.no_grad()

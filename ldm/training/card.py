@@ -12,6 +12,7 @@ from ldm.config import (
     DualClip,
     LdmTraining,
     PretrainedT5,
+    PretrainedText,
     PretrainedTransformer,
 )
 from ldm.config.file import dump_config
@@ -75,6 +76,8 @@ def _diffusers(config: LdmTraining) -> str:
     """The pipeline of diffusers that draws the same pictures; for encoders unlike CLIP there is none."""
     if isinstance(config.text_encoder, (PretrainedT5, PretrainedTransformer)):
         return "(diffusers has no pipeline for its text encoder)."
+    if isinstance(config.text_encoder, PretrainedText):
+        return f"or with `diffusers.DiffusionPipeline.from_pretrained(FOLDER)`. Fine-tuned from `{config.pretrained}`."
     name = "StableDiffusionXLPipeline" if isinstance(config.text_encoder, DualClip) else "StableDiffusionPipeline"
     return f"or with `diffusers.{name}.from_pretrained(FOLDER)`."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from ldm.config import DataConfig, LdmTraining
 from ldm.data.batches import SkipCounter, Transform
+from ldm.data.latent_batches import batches_with_prior, latent_batches
 from ldm.data.latents import CacheSettings, LatentBatch, LatentCache
+from ldm.data.order import BatchPlan
 from ldm.data.sources import Source, Stream, every_sample
 from ldm.data.transforms import BadImage
 from ldm.training.encoding import encode_source, encoder
@@ -50,6 +53,16 @@ def encoded_data(
     )
     sizes = config.latents.batch_size, config.latents.shard_size
     return encode_source(source, folder, settings, vae, accelerator, *sizes, skips)
+
+
+def training_batches(
+    cache: LatentCache, prior: LatentCache | None, config: LdmTraining, plan: BatchPlan, first: int, last: int
+) -> Iterator[LatentBatch]:
+    """The micro-batches of this process, with the class pictures among them where there are any."""
+    if prior is None:
+        return latent_batches(cache, plan, config.seed, first, last)
+    weight = config.prior_preservation.prior_loss_weight
+    return batches_with_prior(cache, prior, weight, plan, config.seed, first, last)
 
 
 def validation_latents(source: Source | Stream, config: LdmTraining, vae: Autoencoder) -> LatentBatch | None:

@@ -1,0 +1,155 @@
+"""Training from a model that is there already: what it brings, what of it is trained, and its own class pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from conditioning import ClipTextEncoder
+from ldm.adapters import Adapter, LoraBranches, TextualInversion, adapted_parts
+from ldm.config import (
+    ConfigError,
+    LdmTraining,
+    LoraConfig,
+    NoAdapter,
+    PretrainedText,
+    ScratchClip,
+    TextualInversionConfig,
+)
+from ldm.data.sources import Source, open_source
+from ldm.networks import UNetConfig
+from ldm.pipeline import TextToImage
+from ldm.pretrained import Model, read_model, resolve
+from ldm.process import DiffusionConfig
+from ldm.seeds import generator
+from ldm.tasks.text_to_image import ConditionedUNet
+from ldm.training.run_dir import write_text
+
+
+def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
+    """The model of `pretrained`, and the config with the sections that it brings; None without `pretrained`.
+
+    Raises:
+        ConfigError: the model cannot be read or had, is an inpainting model, or the config has such a section of its
+            own that says otherwise.
+    """
+    if config.pretrained is None:
+        return config, None
+    try:
+        model = read_model(resolve(config.pretrained))
+    except ValueError as error:
+        raise ConfigError(f"`pretrained`: {error}") from error
+    if model.unet.config.in_channels != model.vae.latent_channels:
+        raise ConfigError(f"`pretrained` is {config.pretrained!r}, an inpainting model, which is not trained here")
+    brought = {"unet": (UNetConfig(), model.unet.config), "diffusion": (DiffusionConfig(), model.diffusion)}
+    for name, (default, own) in brought.items():
+        if getattr(config, name) not in (default, own):
+            raise ConfigError(f"`{name}` is given with `pretrained`, whose model brings its own; leave it out")
+    text = config.text_encoder
+    if text == ScratchClip():
+        text = PretrainedText()
+    if not isinstance(text, PretrainedText):
+        raise ConfigError("`text_encoder.type` must be pretrained with `pretrained`, whose model brings its own")
+    model.text_encoder.set_trainable(text.trainable)
+    return dataclasses.replace(config, unet=model.unet.config, diffusion=model.diffusion, text_encoder=text), model
+
+
+def build_trained(config: LdmTraining, network: ConditionedUNet) -> nn.Module:
+    """What is trained, averaged and saved: the network itself, or the adapter that is added to it.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    try:
+        match config.adapter:
+            case NoAdapter():
+                return network
+            case LoraConfig():
+                adapter: Adapter = _lora(config.adapter, config.seed, network)
+            case TextualInversionConfig():
+                adapter = _textual_inversion(config.adapter, network)
+    except ValueError as error:
+        raise ConfigError(f"`adapter`: {error}") from error
+    network.adapter = adapter
+    return adapter
+
+
+def _lora(config: LoraConfig, seed: int, network: ConditionedUNet) -> LoraBranches:
+    encoder = network.text_encoder
+    parts = adapted_parts(network.unet, encoder)
+    targets = {name: config.targets if name == "unet" else config.text_encoder_targets for name in parts}
+    chosen = targets if encoder.trainable else {"unet": config.targets}
+    alpha = config.rank if config.alpha is None else config.alpha
+    return LoraBranches(parts, chosen, config.rank, alpha, generator(seed, "adapter"))
+
+
+def _textual_inversion(config: TextualInversionConfig, network: ConditionedUNet) -> TextualInversion:
+    encoder = network.text_encoder
+    if not isinstance(encoder, ClipTextEncoder):
+        raise ValueError(f"textual_inversion needs a model with one CLIP text encoder, not a {type(encoder).__name__}")
+    network.requires_grad_(False)
+    encoder.trainable = True  # gradients pass through it, to the token alone
+    return TextualInversion(encoder, config.token, config.initializer)
+
+
+def merged(trained: nn.Module) -> AbstractContextManager[None]:
+    """Within the block the model's weights hold what the adapter has learnt; nothing to do where there is none."""
+    return trained.merged() if isinstance(trained, Adapter) else nullcontext()
+
+
+def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: Accelerator, few: bool) -> Source:
+    """Pictures that the model draws of the class prompts, from `folder`, drawn there if they are not yet.
+
+    Picture i is drawn from prompt i, in turn, with seed + i and the model's own settings; a run that was killed goes on
+    with the first missing one. `few` draws one batch, for a dry run.
+
+    Raises:
+        ValueError: the folder holds pictures of other prompts, or the file of prompts holds none.
+    """
+    prior = config.prior_preservation
+    given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
+    count = min(prior.num_class_images, prior.batch_size) if few else prior.num_class_images
+    prompts = [given[i % len(given)] for i in range(count)]
+    pictures, table = folder / "train", folder / "train" / "metadata.jsonl"
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and not table.exists():
+            pipe = TextToImage(model, accelerator.device, torch.float32)
+            _draw_class_images(pipe, prompts, pictures, config.seed, prior.batch_size)
+            rows = [{"file_name": f"{i:05d}.png", "text": text} for i, text in enumerate(prompts)]
+            write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
+    if [json.loads(line)["text"] for line in table.read_text(encoding="utf-8").splitlines()] != prompts:
+        raise ValueError(f"{folder} holds pictures of other class prompts; delete it to draw those of this config")
+    return open_source(str(folder), "train", config.data.resolution)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"`prior_preservation.class_prompts_file`: {file} cannot be read: {error}") from error
+    if not found:
+        raise ConfigError(f"`prior_preservation.class_prompts_file`: {file} holds no prompts")
+    return found
+
+
+def _draw_class_images(pipe: TextToImage, prompts: Sequence[str], folder: Path, seed: int, batch_size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(prompts), desc="class images", unit="picture") as bar:
+        for first in range(0, len(prompts), batch_size):
+            numbers = range(first, min(first + batch_size, len(prompts)))
+            files = [folder / f"{number:05d}.png" for number in numbers]
+            if not all(file.exists() for file in files):
+                images = pipe(prompts[first : numbers.stop], seed=seed + first, batch_size=batch_size)
+                for file, image in zip(files, images, strict=True):
+                    image.save(temporary := file.with_suffix(".tmp"), format="PNG")
+                    os.replace(temporary, file)
+            bar.update(len(numbers))
