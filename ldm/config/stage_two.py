@@ -216,6 +216,11 @@ class LdmTraining:
             "must be uniform or logit_normal",
         )
         require(
+            self.diffusion.variance_type != "learned_range" or self.objective.curriculum_steps == 0,
+            f"`objective.curriculum_steps` is {self.objective.curriculum_steps} with `diffusion.variance_type` "
+            "learned_range, whose bound is a sum over all timesteps; it must be 0",
+        )
+        require(
             self.diffusion.variance_type != "learned_range" or (sampling != "logit_normal" and shift == 1),
             f"`objective.timestep_sampling` is {sampling} and `objective.time_shift` {shift} with "
             "`diffusion.variance_type` learned_range, whose bound is a sum over all timesteps; they must be uniform or "
