@@ -82,8 +82,13 @@ def drawn(folder: Path, sampler: str, noise: torch.Tensor) -> tuple[Image.Image,
     """Our picture and its seconds."""
     pipe = TextToImage.from_pretrained(folder)
     began = time.perf_counter()
-    (image,) = pipe(**GIVEN, latents=noise, steps=5, sampler=sampler)
+    (image,) = pipe(**GIVEN, **size(noise), latents=noise, steps=5, sampler=sampler)
     return image, time.perf_counter() - began
+
+
+def size(noise: torch.Tensor) -> dict[str, int]:
+    """Pixels of the picture of these latents."""
+    return {"height": 8 * noise.shape[2], "width": 8 * noise.shape[3]}
 
 
 def report(sampler: str, image: Image.Image, seconds: float, folder: Path, noise: torch.Tensor) -> int:
@@ -96,7 +101,7 @@ def report(sampler: str, image: Image.Image, seconds: float, folder: Path, noise
         pipe.scheduler.set_timesteps(5)
         noise = noise * float((1 + pipe.scheduler.sigmas[0] ** 2).sqrt() / pipe.scheduler.init_noise_sigma)
     began = time.perf_counter()
-    theirs = pipe(**GIVEN, latents=noise, num_inference_steps=5).images[0]
+    theirs = pipe(**GIVEN, **size(noise), latents=noise, num_inference_steps=5).images[0]
     other = time.perf_counter() - began
     levels = np.asarray(image).astype(int), np.asarray(theirs).astype(int)
     largest = int(np.abs(levels[0] - levels[1]).max())
