@@ -79,8 +79,8 @@ class Upsample(nn.Module):
     """Nearest-neighbour doubling and a convolution: [B, C, H, W] -> [B, C, 2H, 2W].
 
     On a CPU both are one transposed convolution, which multiplies 4 numbers for each 9 of the convolution after the
-    doubling and is twice as fast forwards and backwards, with the same result up to rounding. A convolution that
-    somebody changed (an adapter in its place, another padding) is run as it is.
+    doubling and is twice as fast forwards and backwards, with the same result up to rounding. A convolution
+    with another padding mode or with hooks, such as an adapter's, or one of another class, is run as it is.
     """
 
     def __init__(self, channels: int) -> None:
@@ -88,9 +88,11 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and type(self.conv) is nn.Conv2d and self.conv.padding_mode == "zeros":
-            return F.conv_transpose2d(x, doubling_kernel(self.conv.weight), self.conv.bias, stride=2, padding=1)
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        conv = self.conv
+        plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not conv._forward_hooks
+        if x.device.type == "cpu" and plain:
+            return F.conv_transpose2d(x, doubling_kernel(conv.weight), conv.bias, stride=2, padding=1)
+        out: Tensor = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 
 

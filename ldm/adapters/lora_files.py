@@ -60,6 +60,7 @@ WORDS = (
     *("in_layers", "emb_layers", "out_layers", "skip_connection", "conv_in", "conv_out", "conv_shortcut"),
     *("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
     *("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+    *("add_k_proj", "add_v_proj"),
 )
 """Names of modules with an underscore of their own, which is not a dot in kohya's keys."""
 UNDERSCORED = re.compile(rf"(?<![^_])(?:{'|'.join(WORDS)})(?![^_])")

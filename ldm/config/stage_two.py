@@ -155,7 +155,7 @@ class LdmTraining:
             f"`data.min_crop` is {self.data.min_crop}; stage two encodes every picture once, so it must be 1",
         )
         require(
-            not self.latents.cache_text or not getattr(self.text_encoder, "trainable", True),
+            not self.latents.cache_text or not getattr(self.text_encoder, "trainable", self.pretrained is None),
             "`latents.cache_text` is true, but the text encoder is trained; it must be false, or "
             "`text_encoder.trainable` false where the type has it",
         )

@@ -35,7 +35,7 @@ def emoji_folder(folder: Path = FOLDER) -> Path:
     if not (folder / "train.parquet").is_file():
         raise ValueError(
             f"data.source emoji: there is no {folder / 'train.parquet'}; the pictures come with a clone of the "
-            "repository (data/emoji/): install from a clone with `pip install -e .`, or set data.source to that folder"
+            "repository (data/emoji/): install from a clone with `pip install -e .`"
         )
     return folder
 
