@@ -141,7 +141,7 @@ def test_two_processes_report_what_one_does(command: list[str], tmp_path: Path) 
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1,1", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     argv = [sys.executable, "-m", "ldm.cli.evaluate", *command, "--label-column", "shade"]
     ranks = [
         subprocess.Popen(

@@ -335,8 +335,8 @@ def _stored(png: str) -> dict[str, Any]:
     except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--from-image {png} is not a PNG made by ldm-generate") from error
     for key, value in stored.items():
-        items = value if isinstance(value, list) else []
-        if not isinstance(value, kinds[key]) or not all(isinstance(item, str) for item in items):
+        loras = value if key == "lora" and isinstance(value, list) else []
+        if not isinstance(value, kinds[key]) or not all(isinstance(item, str) for item in loras):
             raise ValueError(f"--from-image {png} holds {key} {value!r}, which ldm-generate does not write")
     return stored
 

@@ -44,8 +44,10 @@ def figure(value: float, replicates: Tensor, low: float = float("-inf"), high: f
     """The value, plus and minus 1.96 standard deviations of its bootstrap replicates [R], within the metric's range.
 
     A bootstrap sample holds a picture several times, which raises a Frechet distance: the spread of the replicates is
-    that of the metric, their level is not, so percentiles would miss it.
+    that of the metric, their level is not, so percentiles would miss it. Samples of few pictures may hold one of them
+    alone, which has no distance to another; such a replicate is not finite and left out.
     """
+    replicates = replicates[replicates.isfinite()]
     spread = Z_95 * float(replicates.std()) if len(replicates) > 1 else 0.0
     return Figure(value, max(low, value - spread), min(high, value + spread))
 

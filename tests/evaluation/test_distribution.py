@@ -173,3 +173,9 @@ def test_sets_that_are_too_small_are_refused() -> None:
                 measure(x, y, none(len(x)))
     with pytest.raises(ValueError, match="more than 3 pictures on each side, got 3 and 2"):
         precision_recall(three, two)
+
+
+def test_a_bootstrap_sample_of_one_picture_alone_widens_no_interval() -> None:
+    x, y = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mixed, alone = torch.tensor([[1.0, 1.0]] * 3).double(), torch.tensor([[2.0, 0.0]]).double()
+    assert kernel_figure(x, y, torch.cat([mixed, alone])) == kernel_figure(x, y, mixed)

@@ -135,7 +135,7 @@ def test_the_stored_dtype(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "ldm-convert needs SOURCE TARGET --to diffusers|single-file, or --check MODEL"),
+        ([], "ldm-convert needs SOURCE TARGET --to diffusers|single-file|kohya, or --check MODEL"),
         (["{model}", "x.safetensors"], "ldm-convert needs SOURCE TARGET --to"),
         (["{model}", "x.ckpt", "--to", "single-file"], "must be a file whose name ends in .safetensors"),
         (["{model}", "{taken}", "--to", "diffusers"], "exists and is not a model folder; it is left alone"),
