@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.adapters.low_rank import Lora, LowRank
 from ldm.interop.families import SDXL_UNET
 from ldm.interop.names import inverted, renamed, unet_names
-from ldm.interop.tensors import ModelError, read_json, read_metadata, read_names, read_tensors
+from ldm.interop.tensors import ModelError, read_json, read_metadata, read_names, read_tensors, save_tensors
 from ldm.networks import UNetConfig
 
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -242,15 +240,3 @@ def _places(lora: Lora) -> Iterable[tuple[str, LowRank]]:
     for part, layers in lora.parts.items():
         for name, low_rank in layers.items():
             yield f"{part}.{name}", low_rank
-
-
-def save_tensors(state: Mapping[str, Tensor], path: Path) -> Path:
-    """Writes a safetensors file atomically; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path

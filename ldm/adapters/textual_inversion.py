@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from conditioning import ClipTextConfig, ClipTextEncoder, ClipTokenizer
 from ldm.adapters.adapter import Adapter
-from ldm.adapters.lora_files import save_tensors
+from ldm.interop.tensors import save_tensors
 
 EMBEDS_FILE = "learned_embeds.safetensors"
 

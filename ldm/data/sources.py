@@ -22,7 +22,7 @@ from ldm.data.fingerprint import of_files, of_values
 from ldm.data.folders import FolderRows, folder_rows
 from ldm.data.shapes import ShapesDataset
 from ldm.data.tars import BAD, TarRows, stream_rows
-from ldm.data.text import BadText, captions_of
+from ldm.data.text import BadText, captions_of, first_line
 from ldm.data.transforms import BadImage, image_size, open_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -159,7 +159,7 @@ class RowSource:
         try:
             row: dict[str, Any] = self.rows[index]
         except (OSError, ValueError) as error:
-            raise BadImage(f"{self.name}[{index}]: {_first_line(error)}") from error
+            raise BadImage(f"{self.name}[{index}]: {first_line(error)}") from error
         return row
 
 
@@ -328,7 +328,7 @@ def _read_parquet(files: list[str], columns: Columns, streaming: bool) -> Any:
     try:
         rows = load_dataset("parquet", data_files=list(files), split="train", streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{_names(files)} cannot be read as parquet: {_first_line(error)}") from error
+        raise ValueError(f"{_names(files)} cannot be read as parquet: {first_line(error)}") from error
     return _undecoded(rows, columns)
 
 
@@ -348,14 +348,10 @@ def _load_hub(source: str, split: str, columns: Columns, streaming: bool) -> Loa
         whole = get_dataset_split_names(source) == ["train"]
         rows = load_dataset(source, split="train" if whole else split, streaming=streaming)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.source {source!r} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(f"data.source {source!r} cannot be opened: {first_line(error)}") from error
     described = [source, split, str(rows.info.version), rows.info.dataset_size, str(rows.features)]
     rows = _undecoded(rows, columns)
     return Loaded(_held_out(rows, source, split, streaming) if whole else rows, lambda: of_values(described))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _held_out(rows: Any, source: str, split: str, streaming: bool) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from ldm.data.text import decode
+from ldm.data.text import decode, first_line
 
 BAD = "__bad__"
 """The key of a row that holds nothing but the reason why it cannot be used."""
@@ -81,7 +81,7 @@ def _members(archive: str) -> Iterator[tuple[str, Member | str]]:
                     yield info.name, _refusal(info) or Member(info.offset_data, info.size)
             _check_end(archive, tar.offset)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        yield "", f"damaged from here on ({_first_line(error)})"
+        yield "", f"damaged from here on ({first_line(error)})"
 
 
 def _refusal(info: tarfile.TarInfo) -> str | None:
@@ -111,10 +111,6 @@ def _split(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, extension.lower()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def read_row(sample: Sample) -> dict[str, Any]:
     """The row of a sample: `__key__`, `__url__` (the archive), and pictures and captions; or `{BAD: reason}`."""
     if sample.bad is not None:
@@ -126,7 +122,7 @@ def read_row(sample: Sample) -> dict[str, Any]:
                 if extension in (*PICTURES, *CAPTIONS):
                     row[extension] = _value(file, extension, member)
     except (OSError, ValueError, RecursionError) as error:
-        return {BAD: f"{sample.archive}: {sample.key}: {_first_line(error)}"}
+        return {BAD: f"{sample.archive}: {sample.key}: {first_line(error)}"}
     return row
 
 
@@ -140,7 +136,7 @@ def _value(file: Any, extension: str, member: Member) -> Any:
     try:
         return json.loads(decode(data))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"member 'json' is not JSON: {_first_line(error)}") from error
+        raise ValueError(f"member 'json' is not JSON: {first_line(error)}") from error
 
 
 class TarRows:

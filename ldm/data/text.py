@@ -58,3 +58,8 @@ def _checked(text: str) -> str:
     except UnicodeEncodeError as error:
         raise BadText("text with half a surrogate pair, which is not Unicode") from error
     return text[:MAX_CAPTION]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines after its first; the name of its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder import LPIPS, EfficientNetFeatureDistance
 from autoencoder.perceptual import EFFICIENTNETS, FeatureDistance, load_efficientnet
+from ldm.data.text import first_line
 from ldm.evaluation.text_image import OpenClip
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -73,7 +74,7 @@ class InceptionFeatures(nn.Module):
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity reads it as any pickle
             self.net = module.FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
         except Exception as error:  # what torch raises depends on what the file is
-            raise ValueError(f"{weights} does not hold the weights {INCEPTION_FILE}: {_first_line(error)}") from error
+            raise ValueError(f"{weights} does not hold the weights {INCEPTION_FILE}: {first_line(error)}") from error
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class TimmFeatures(nn.Module):
             state = timm.models.load_state_dict(str(weights), use_ema=False, weights_only=True)
             missing, extra = self.net.load_state_dict(state, strict=False)
         except Exception as error:  # what timm and torch raise depends on what the file is
-            raise ValueError(f"timm cannot load {name} from {weights}: {_first_line(error)}") from error
+            raise ValueError(f"timm cannot load {name} from {weights}: {first_line(error)}") from error
         head = self.net.pretrained_cfg.get("classifier") or ()
         strange = [key for key in extra if not key.startswith(tuple([head] if isinstance(head, str) else head))]
         if missing or strange:
@@ -182,10 +183,6 @@ def perceptual_distance(name: str, weights: str | Path | None = None) -> Feature
 def _refuse(weights: str | Path | None) -> None:
     if weights is not None:
         raise ValueError(f"its weights come in a package, so {weights} would not be read")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _installed(module: str, packages: str) -> Any:

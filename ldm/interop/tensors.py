@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -243,15 +245,29 @@ def write_hashed(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
     The header is written with a place for the hash, which is filled in once the tensors lie in the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(plain, temporary, metadata={**metadata, hash_key: HASH_PLACEHOLDER})
-    with open(temporary, "r+b") as file:
+    with _replacing(path, state, {**metadata, hash_key: HASH_PLACEHOLDER}) as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(8 + header.index(HASH_PLACEHOLDER.encode()))
         file.write(f"0x{digest}".encode())
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Writes one safetensors file atomically; returns its path."""
+    with _replacing(path, state, {"format": "pt"}):
+        pass
+    return path
+
+
+@contextmanager
+def _replacing(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[BufferedRandom]:
+    """A safetensors file beside `path`, open for changes; after the block it is on disk and bears that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(plain, temporary, metadata=dict(metadata))
+    with open(temporary, "r+b") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

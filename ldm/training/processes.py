@@ -15,6 +15,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
+from ldm.data.text import first_line
 from ldm.training.run_dir import RunDir
 
 LOST = (
@@ -106,7 +107,7 @@ def last_state_named(run: RunDir) -> Iterator[None]:
         if not lost_connection(error):
             raise
         raise LostProcess(
-            f"the connection to another process of this training was lost ({_first_line(error)}); {_newest(run)}, and "
+            f"the connection to another process of this training was lost ({first_line(error)}); {_newest(run)}, and "
             "the same command on all hosts goes on from it"
         ) from error
 
@@ -120,7 +121,3 @@ def lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return shared and any(word in str(error).lower() for word in LOST)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).strip()
