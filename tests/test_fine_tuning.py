@@ -43,7 +43,15 @@ LORA: dict[str, Any] = {
     "prior_preservation": {"class_prompts": ["a red star", "a blue circle"], "num_class_images": 5, "batch_size": 2},
 }
 INVERSION: dict[str, Any] = {"adapter": {"type": "textual_inversion", "token": "<heart>", "initializer": "star"}}
-WHOLE: dict[str, Any] = {"text_encoder": {"type": "pretrained", "trainable": True}}
+WHOLE: dict[str, Any] = {
+    "text_encoder": {"type": "pretrained", "trainable": True},
+    "diffusion": {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "beta_end": 0.013,
+    },
+}
 KINDS = {"lora": LORA, "inversion": INVERSION, "whole": WHOLE}
 KILL = """
 import os, signal
@@ -152,6 +160,15 @@ def test_what_is_trained_and_nothing_else_differs_in_the_export(
         assert changed["unet"] and changed["text_encoder"]
     if kind == "whole":
         assert len(changed["unet"]) > 100 and len(changed["text_encoder"]) > 10
+
+
+def test_a_process_of_the_configs_own_replaces_the_models(runs: dict[str, Path], tiny_model_folder: Path) -> None:
+    given = WHOLE["diffusion"]
+    own, whole, lora = (
+        json.loads((f / "scheduler" / "scheduler_config.json").read_text())
+        for f in (tiny_model_folder, runs["whole"] / "export", runs["lora"] / "export")
+    )
+    assert whole == own | given and lora == own != whole
 
 
 def test_the_exported_lora_on_the_model_is_the_exported_model(runs: dict[str, Path], tiny_model_folder: Path) -> None:
@@ -269,7 +286,7 @@ def test_a_config_that_cannot_work_is_one_sentence(tmp_path: Path, case: str) ->
     [
         (["--adapter.targets", "[to_z]"], "`adapter`: 'to_z' ends the name of no"),
         (["--unet.layers_per_block", "3"], "`unet` is given with `pretrained`"),
-        (["--diffusion.prediction_type", "sample"], "`diffusion` is given with `pretrained`"),
+        (["--diffusion.prediction_type", "sample"], "`diffusion` is not that of the `pretrained` model"),
         (
             ["--prior_preservation.class_prompts", "[]", "--prior_preservation.class_prompts_file", "no.txt"],
             "no.txt cannot be read",

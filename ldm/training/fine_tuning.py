@@ -40,7 +40,7 @@ def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
 
     Raises:
         ConfigError: the model cannot be read or had, is an inpainting model, or the config has such a section of its
-            own that says otherwise.
+            own that says otherwise; only `diffusion` may, where all weights are trained.
     """
     if config.pretrained is None:
         return config, None
@@ -50,17 +50,21 @@ def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
         raise ConfigError(f"`pretrained`: {error}") from error
     if model.unet.config.in_channels != model.vae.latent_channels:
         raise ConfigError(f"`pretrained` is {config.pretrained!r}, an inpainting model, which is not trained here")
-    brought = {"unet": (UNetConfig(), model.unet.config), "diffusion": (DiffusionConfig(), model.diffusion)}
-    for name, (default, own) in brought.items():
-        if getattr(config, name) not in (default, own):
-            raise ConfigError(f"`{name}` is given with `pretrained`, whose model brings its own; leave it out")
+    if config.unet not in (UNetConfig(), model.unet.config):
+        raise ConfigError("`unet` is given with `pretrained`, whose model brings its own; leave it out")
+    diffusion = model.diffusion if config.diffusion == DiffusionConfig() else config.diffusion
+    if diffusion != model.diffusion and not isinstance(config.adapter, NoAdapter):
+        raise ConfigError(
+            "`diffusion` is not that of the `pretrained` model, and a file that holds an adapter alone cannot say so; "
+            "leave it out, or train without `adapter`"
+        )
     text = config.text_encoder
     if text == ScratchClip():
         text = PretrainedText()
     if not isinstance(text, PretrainedText):
         raise ConfigError("`text_encoder.type` must be pretrained with `pretrained`, whose model brings its own")
     model.text_encoder.set_trainable(text.trainable)
-    return dataclasses.replace(config, unet=model.unet.config, diffusion=model.diffusion, text_encoder=text), model
+    return dataclasses.replace(config, unet=model.unet.config, diffusion=diffusion, text_encoder=text), model
 
 
 def build_trained(config: LdmTraining, network: ConditionedUNet) -> nn.Module:
