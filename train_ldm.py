@@ -79,6 +79,8 @@ def main() -> None:
     prior = None
     if base is not None and config.prior_preservation.wanted:
         drawn = class_images(config, base, run.folder / "class_images", accelerator, launch.dry_run)
+        if launch.dry_run:
+            trial.mark(f"{len(drawn)} class pictures", config.prior_preservation.num_class_images / len(drawn))
         prior = encoded_data(drawn, config, vae, run.folder / "class_latents", accelerator, skips)
     held_out = validation_latents(build_data(data, data.validation_split, config.seed), config, vae)
     vocabulary = itertools.islice(itertools.chain.from_iterable(cache.captions), CAPTIONS_FOR_VOCABULARY)

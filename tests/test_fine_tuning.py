@@ -193,10 +193,20 @@ def test_other_class_prompts_are_refused_and_a_dry_run_tells_the_sizes(
 ) -> None:
     other = ["--prior_preservation.class_prompts", "[a green star]", "--allow-config-change"]
     done = train(runs["lora"], tiny_model_folder, instances, "lora", *other)
-    assert done.returncode == 2 and "holds pictures of other class prompts" in done.stderr
+    assert done.returncode == 2 and "holds class pictures whose prompts differ" in done.stderr
     done = train(runs["lora"], tiny_model_folder, instances, "lora", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "adapter 0.0" in done.stdout and "type: lora" in done.stdout
+    assert "adapter 0.0" in done.stdout and "type: lora" in done.stdout and "s per 2 class pictures" in done.stdout
+
+
+def test_pictures_of_a_killed_run_are_not_kept_under_other_prompts(
+    tiny_model_folder: Path, instances: Path, tmp_path: Path
+) -> None:
+    killed = train(tmp_path / "run", tiny_model_folder, instances, "lora", patch=WHILE_DRAWING)
+    assert killed.returncode == -9 and list((tmp_path / "run" / "class_images").rglob("*.png"))
+    other = ["--prior_preservation.class_prompts", "[a green star]", "--allow-config-change"]
+    done = train(tmp_path / "run", tiny_model_folder, instances, "lora", *other)
+    assert done.returncode == 2 and "holds class pictures whose prompts differ" in done.stderr
 
 
 def test_rows_of_instances_and_prior_alternate_whatever_the_processes() -> None:

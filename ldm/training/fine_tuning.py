@@ -117,21 +117,30 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
     with the first missing one. `few` draws one batch, for a dry run.
 
     Raises:
-        ValueError: the folder holds pictures of other prompts, or the file of prompts holds none.
+        ValueError: the folder holds pictures of another model, seed or prompts, or the file of prompts holds none.
     """
     prior = config.prior_preservation
     given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
     count = min(prior.num_class_images, prior.batch_size) if few else prior.num_class_images
     prompts = [given[i % len(given)] for i in range(count)]
-    pictures, table = folder / "train", folder / "train" / "metadata.jsonl"
+    origin = {"model": config.pretrained, "seed": config.seed, "prompts": prompts}
+    pictures, table, noted = folder / "train", folder / "train" / "metadata.jsonl", folder / "origin.json"
     with accelerator.main_process_first():
-        if accelerator.is_main_process and not table.exists():
-            pipe = TextToImage(model, accelerator.device, torch.float32)
-            _draw_class_images(pipe, prompts, pictures, config.seed, prior.batch_size)
-            rows = [{"file_name": f"{i:05d}.png", "text": text} for i, text in enumerate(prompts)]
-            write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
-    if [json.loads(line)["text"] for line in table.read_text(encoding="utf-8").splitlines()] != prompts:
-        raise ValueError(f"{folder} holds pictures of other class prompts; delete it to draw those of this config")
+        if accelerator.is_main_process:
+            if not noted.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(noted, json.dumps(origin))
+            if not table.exists() and json.loads(noted.read_text(encoding="utf-8")) == origin:
+                pipe = TextToImage(model, accelerator.device, torch.float32)
+                _draw_class_images(pipe, prompts, pictures, config.seed, prior.batch_size)
+                rows = [{"file_name": f"{i:05d}.png", "text": text} for i, text in enumerate(prompts)]
+                write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
+    of_old = json.loads(noted.read_text(encoding="utf-8"))
+    differing = [name for name, value in origin.items() if of_old[name] != value]
+    if differing:
+        raise ValueError(
+            f"{folder} holds class pictures whose {' and '.join(differing)} differ; delete it to draw this config's"
+        )
     return open_source(str(folder), "train", config.data.resolution)
 
 
