@@ -274,6 +274,10 @@ REFUSED = {
         {"prior_preservation": {"class_prompts": ["x"], "class_prompts_file": "y.txt"}},
         "`prior_preservation.class_prompts_file` is 'y.txt' beside",
     ),
+    "captions of instances": (
+        {"data": {"source": "x", "instance_prompt": "a sks dog", "caption_columns": ["title"]}},
+        "`data.caption_columns` is given with `data.instance_prompt`",
+    ),
     "odd batch": (
         {"training": {"train_batch_size": 3}, "prior_preservation": {"class_prompts": ["x"]}},
         "`training.train_batch_size` is 3",

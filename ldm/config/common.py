@@ -26,6 +26,16 @@ class BucketConfig:
         require_at_least(self, "data.buckets", 1, "step", "max_aspect_ratio")
 
 
+UNREAD_WITH_INSTANCES = (
+    "validation_source",
+    "image_column",
+    "caption_columns",
+    "max_train_samples",
+    "max_validation_samples",
+    "shapes_per_image",
+)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the captioned images come from and how they become tensors.
@@ -87,6 +97,12 @@ class DataConfig:
             self.instance_prompt is None or not self.streaming,
             "`data.streaming` is true with `data.instance_prompt`, which is for a few pictures; it must be false",
         )
+        for name in () if self.instance_prompt is None else UNREAD_WITH_INSTANCES:
+            require(
+                getattr(self, name) == getattr(DataConfig, name),
+                f"`data.{name}` is given with `data.instance_prompt`, which reads every picture of a folder and no "
+                "captions; leave it out",
+            )
 
 
 @dataclass(frozen=True)
