@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def written_by(export: str | None) -> AutoencoderTraining | None:
     candidates = [load_config(AutoencoderTraining, path) for path in STAGE_ONE]
     found = next((c for c in candidates if f"{c.output_dir}/export" == export), None)
     return written_by(found.pretrained) if found is not None and found.pretrained else found
+
+
+def from_scratch(config: LdmTraining) -> LdmTraining:
+    """The stage-two config of ours that makes what this one goes on from; itself, where it is trained from scratch."""
+    if config.pretrained is None:
+        return config
+    candidates = [load_config(LdmTraining, path) for path in STAGE_TWO]
+    return from_scratch(next(c for c in candidates if f"{c.output_dir}/export" == config.pretrained))
+
+
+@named(STAGE_TWO)
+def test_what_goes_on_from_another_training_fits_it(path: Path) -> None:
+    config = load_config(LdmTraining, path)
+    origin = from_scratch(config)
+    assert config.data == origin.data
+    if config.pretrained:
+        assert replace(config.latents, folder=None) == origin.latents
+        assert config.latents.folder == f"{origin.output_dir}/latents"
 
 
 def test_there_are_configs_of_both_stages() -> None:
@@ -112,6 +131,7 @@ def test_a_reference_recipe_makes_a_step_in_small(path: Path) -> None:
 def test_a_stage_two_file_builds(path: Path) -> None:
     config = load_config(LdmTraining, path)
     build_objective(config)
+    config = from_scratch(config)
     stage_one = written_by(config.autoencoder)
     factor = stage_one.autoencoder.downsample_factor if stage_one else 8
     check_resolution(config, factor)
@@ -141,7 +161,7 @@ def test_a_stage_two_file_builds(path: Path) -> None:
 
 @named(STAGE_TWO)
 def test_a_stage_two_file_fits_the_stage_one_file_that_it_names(path: Path) -> None:
-    config = load_config(LdmTraining, path)
+    config = from_scratch(load_config(LdmTraining, path))
     if config.autoencoder is None or not config.autoencoder.startswith("runs/"):
         return
     stage_one = written_by(config.autoencoder)
