@@ -38,6 +38,7 @@ train: $(DONE)
 	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder.yaml
 	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/autoencoder-decoder.yaml
 	$(RUN)/accelerate launch train_ldm.py --config train_configs/shapes/ldm.yaml
+	$(RUN)/accelerate launch train_ldm.py --config train_configs/shapes/ldm-order.yaml
 
 train-quick: $(DONE)
 	$(RUN)/accelerate launch train_autoencoder.py --config train_configs/shapes/quick-autoencoder.yaml
@@ -49,4 +50,4 @@ train-quick: $(DONE)
 
 bundle: $(DONE)
 	$(RUN)/python -c 'import torch; from ldm import TextToImage; \
-		TextToImage.from_pretrained("runs/shapes/ldm/export").save_pretrained("ldm/bundled", torch.float16)'
+		TextToImage.from_pretrained("runs/shapes/ldm-order/export").save_pretrained("ldm/bundled", torch.float16)'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from conditioning.clip_text import ClipTextConfig, ClipTextEncoder, ClipTextModel, canonical_state_dict
+from conditioning.clip_model import ClipTextConfig, ClipTextModel, canonical_state_dict
+from conditioning.clip_text import ClipTextEncoder
 from conditioning.dropout import drop_captions, dropped_rows
 from conditioning.dual_text import DualTextEncoder
 from conditioning.encoder import TextEncoder

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditioning.clip_text import ClipTextConfig, ClipTextEncoder, ClipTextModel
+from conditioning.clip_model import ClipTextConfig, ClipTextModel
+from conditioning.clip_text import ClipTextEncoder
 from conditioning.tokenizer import END_TOKEN, START_TOKEN, ClipTokenizer, SpecialTokens
 
 PAD_TOKEN = "<|pad|>"
