@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ldm.data.batches import SkipCounter
+from ldm.data.cache_files import write_tensors, write_text
 from ldm.data.latent_batches import latent_batches
 from ldm.data.latent_shards import ShardBuffer
-from ldm.data.latents import CacheSettings, LatentCache, build_cache, finish_cache, write_tensors, write_text
+from ldm.data.latent_writing import build_cache, finish_cache
+from ldm.data.latents import CacheSettings, LatentCache
 from ldm.data.order import BatchPlan
 from ldm.data.sources import open_source
 from ldm.networks import UNet, UNetConfig

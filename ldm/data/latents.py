@@ -5,48 +5,32 @@
     latents/shard_00000.json         how many were read and kept, which could not be used, size and hash of the file
     latents/manifest.json            all of that for every shard, written last
 
-Shards are written to a temporary name, flushed and renamed; a killed run goes on with the first missing one. With
-`random_flip`, every picture is followed by its mirror image. A source is read by number, or as a stream in its order,
-so it may be larger than memory; reading the cache maps the shards into memory and keeps no entry in it.
+`ldm.data.latent_writing` makes it. With `random_flip`, every picture is followed by its mirror image. Reading maps the
+shards into memory and keeps no entry in it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.data.batches import SkipCounter
 from ldm.data.buckets import Buckets
-from ldm.data.latent_shards import Shape, Shard, ShardBuffer
-from ldm.data.sources import Example, Source, Stream
-from ldm.data.transforms import BadImage, resize_and_crop, to_tensor
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from ldm.data.cache_files import compare_settings, file_hash, read_json
+from ldm.data.latent_shards import Shape, Shard
 
 FORMAT = 2
 PAGES_OF_A_READ = 1 << 16
 """Bytes that the system maps around each byte that is asked for."""
 HELD_BYTES = 128 << 20
 """Bytes of mapped pages after which a reader lets go of them."""
-
-
-class StaleCache(ValueError):  # noqa: N818
-    """A cache made from other data, settings or weights; the message lists what differs."""
 
 
 @dataclass(frozen=True)
@@ -87,129 +71,6 @@ class LatentBatch:
         return replace(self, moments=self.moments.to(device, non_blocking=True))
 
 
-def build_cache(
-    folder: Path,
-    source: Source | Stream,
-    settings: CacheSettings,
-    encode: Callable[[Tensor], Tensor],
-    batch_size: int,
-    shard_size: int,
-    skips: SkipCounter,
-    rank: int = 0,
-    world: int = 1,
-    progress: Callable[[int], object] = lambda n: None,
-) -> int:
-    """Encodes this process's shards that are not there yet; returns how many shards there are in all.
-
-    Args:
-        encode: pixels [B, 3, H, W] -> moments [B, 2C, h, w].
-        progress: called with the number of pictures just encoded or found encoded.
-
-    Raises:
-        StaleCache: when the folder holds entries of other settings.
-        TooManyBadSamples: when more pictures than allowed cannot be used.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder, settings)
-
-    def wanted(number: int) -> bool:
-        return number % world == rank and not _holds(folder, number, shard_size)
-
-    total = 0
-    for number, items in _blocks(source, shard_size, wanted):
-        total = number + 1
-        if items is not None:
-            _write_shard(folder, number, items, settings, encode, batch_size, shard_size, skips, progress)
-        elif number % world == rank:
-            record = _record(folder, number)
-            skips.add(record["read"], tuple(record["skipped"]))
-            progress(record["read"])
-    return total
-
-
-Item = Example | BadImage
-
-
-def _blocks(
-    source: Source | Stream, size: int, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, Iterable[Item] | None]]:
-    """Number and items of every block of `size` samples; None in place of the items where they are not wanted."""
-    if isinstance(source, Stream):
-        yield from _stream_blocks(source, size, wanted)
-        return
-    for number in range(shard_count(len(source), size)):
-        indices = range(number * size, min((number + 1) * size, len(source)))
-        yield number, (_read(source, index) for index in indices) if wanted(number) else None
-
-
-def _stream_blocks(
-    stream: Stream, size: int, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, Iterable[Item] | None]]:
-    """The same for a stream in its unshuffled order; what is not wanted is passed over without decoding."""
-    rows = enumerate(stream.rows)
-    for number in itertools.count():
-        block = itertools.islice(rows, size)
-        first = next(block, None)
-        if first is None:
-            return
-        whole = itertools.chain([first], block)
-        yield number, (stream.decoded(*row) for row in whole) if wanted(number) else None
-        for _ in block:
-            pass
-
-
-def _read(source: Source, index: int) -> Item:
-    try:
-        return source[index]
-    except BadImage as error:
-        return error
-
-
-def check_settings(folder: Path, settings: DataclassInstance) -> None:
-    """Writes `settings.json` into a new folder; compares it in a used one.
-
-    Raises:
-        StaleCache: listing the settings that differ.
-    """
-    path = folder / "settings.json"
-    if not path.exists():
-        write_text(path, json.dumps(asdict(settings), indent=1))
-    _compare(_read_json(path), asdict(settings), folder)
-
-
-def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    changed = [f"{k} was {found.get(k)!r}, is now {v!r}" for k, v in wanted.items() if found.get(k) != v]
-    if "fingerprint" in wanted:
-        changed = [line for line in changed if not line.startswith(("source ", "fingerprint "))]
-        if found.get("fingerprint") != wanted["fingerprint"]:
-            changed.insert(0, _data_changed(found.get("source"), wanted["source"]))
-    if changed:
-        raise StaleCache(
-            f"The latents in {folder} were made from something else ({'; '.join(changed)}); delete that folder or "
-            "choose another one (latents.folder)"
-        )
-
-
-def _data_changed(found: str | None, wanted: str) -> str:
-    if found == wanted:
-        return f"the pictures or captions of {wanted!r} have changed"
-    return f"the data were those of {found!r}, are now those of {wanted!r}"
-
-
-def finish_cache(folder: Path, num_shards: int) -> None:
-    """Writes the manifest once every shard is there; call in one process only."""
-    shards = [{"name": _name(number), **_record(folder, number)} for number in range(num_shards)]
-    write_text(
-        folder / "manifest.json",
-        json.dumps({"settings": _read_json(folder / "settings.json"), "shards": shards}, indent=1),
-    )
-
-
-def shard_count(num_samples: int, shard_size: int) -> int:
-    """How many shards a data set fills."""
-    return -(-num_samples // shard_size)
-
-
 def is_complete(folder: Path) -> bool:
     """True when the manifest, written last, is there."""
     return (folder / "manifest.json").exists()
@@ -229,7 +90,7 @@ class LatentCache:
             ValueError: naming the file that is missing or damaged.
         """
         self.folder, self.manifest = folder, _manifest(folder)
-        _compare(self.manifest["settings"], asdict(settings) if settings else {"format": FORMAT}, folder)
+        compare_settings(self.manifest["settings"], asdict(settings) if settings else {"format": FORMAT}, folder)
         self.starts = [0]
         for shard in self.manifest["shards"]:
             _check_size(folder, shard)
@@ -248,7 +109,7 @@ class LatentCache:
         """
         if not is_complete(folder):
             raise ValueError(f"{folder} is not a complete latent cache; it is `latents/` in a finished stage-two run")
-        _compare(_manifest(folder)["settings"], {"format": FORMAT}, folder)
+        compare_settings(_manifest(folder)["settings"], {"format": FORMAT}, folder)
         return cls(folder, CacheSettings(**{**_manifest(folder)["settings"], "autoencoder": autoencoder}))
 
     def __len__(self) -> int:
@@ -341,7 +202,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a complete latent cache: it has no manifest.json")
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if not isinstance(manifest.get("settings"), dict) or not isinstance(manifest.get("shards"), list):
         raise ValueError(f"{path} is not the manifest of a latent cache")
     return manifest
@@ -373,7 +234,7 @@ def verify_cache(folder: Path, progress: Callable[[int], object] = lambda n: Non
         ValueError: when the folder is not a complete cache of this format.
     """
     manifest = _manifest(folder)
-    _compare(manifest["settings"], {"format": FORMAT}, folder)
+    compare_settings(manifest["settings"], {"format": FORMAT}, folder)
     problems = []
     for shard in manifest["shards"]:
         problem = _problem(folder, shard)
@@ -393,109 +254,3 @@ def _problem(folder: Path, shard: dict[str, Any]) -> str | None:
         return str(error)
     broken = sum(int((~np.isfinite(block)).any((1, 2, 3)).sum()) for block in opened.moments)
     return f"{path} holds {broken} entries that are not finite" if broken else None
-
-
-def _write_shard(
-    folder: Path,
-    number: int,
-    items: Iterable[Item],
-    settings: CacheSettings,
-    encode: Callable[[Tensor], Tensor],
-    batch_size: int,
-    shard_size: int,
-    skips: SkipCounter,
-    progress: Callable[[int], object],
-) -> None:
-    buffer, skipped, read = ShardBuffer(getattr(torch, settings.dtype)), list[str](), 0
-    items = iter(items)
-    while batch := list(itertools.islice(items, batch_size)):
-        bad = [str(item) for item in batch if isinstance(item, BadImage)]
-        skips.add(len(batch), tuple(bad))
-        skipped += bad
-        read += len(batch)
-        _encode([item for item in batch if isinstance(item, Example)], settings, encode, buffer)
-        progress(len(batch))
-    count, shapes = len(buffer), buffer.shapes
-    path = folder / f"{_name(number)}.safetensors"
-    digest = write_tensors(path, buffer.tensors())
-    record = {"read": read, "count": count, "shapes": shapes, "bytes": path.stat().st_size, "sha256": digest}
-    write_text(path.with_suffix(".json"), json.dumps({**record, "shard_size": shard_size, "skipped": skipped}))
-
-
-def _encode(
-    examples: Sequence[Example], settings: CacheSettings, encode: Callable[[Tensor], Tensor], buffer: ShardBuffer
-) -> None:
-    """Encodes a batch, pictures of the same bucket together, and adds it in its own order."""
-    sizes = [settings.buckets.fit(*example.image.size) for example in examples]
-    moments: dict[int, list[Tensor]] = {}
-    for size in dict.fromkeys(sizes):
-        members = [i for i, other in enumerate(sizes) if other == size]
-        pixels = [_pixels(examples[i].image, size, settings.random_flip) for i in members]
-        encoded = encode(torch.cat(pixels))
-        moments |= zip(members, _grouped(encoded, 2 if settings.random_flip else 1), strict=True)
-    for i, example in enumerate(examples):
-        buffer.add(moments[i], example.key, example.captions)
-
-
-def _grouped(moments: Tensor, copies: int) -> list[list[Tensor]]:
-    return [list(moments[start : start + copies]) for start in range(0, len(moments), copies)]
-
-
-def _pixels(image: Image.Image, size: tuple[int, int], mirror: bool) -> Tensor:
-    """[1 or 2, 3, H, W]: the picture, and its mirror image."""
-    image = resize_and_crop(image, size)
-    return torch.stack([to_tensor(copy) for copy in ([image, ImageOps.mirror(image)] if mirror else [image])])
-
-
-def _holds(folder: Path, number: int, shard_size: int) -> bool:
-    """Whether a shard of this many samples was written whole."""
-    path = folder / f"{_name(number)}.safetensors"
-    if not path.with_suffix(".json").is_file() or not path.is_file():
-        return False
-    record = _record(folder, number)
-    return record.get("shard_size") == shard_size and record.get("bytes") == path.stat().st_size
-
-
-def _record(folder: Path, number: int) -> dict[str, Any]:
-    return _read_json(folder / f"{_name(number)}.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete {path.parent} to encode the data again") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is damaged; delete {path.parent} to encode the data again")
-    return tree
-
-
-def _name(number: int) -> str:
-    return f"shard_{number:05d}"
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes a safetensors file atomically and returns its hash."""
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    digest = file_hash(temporary)
-    os.replace(temporary, path)
-    return digest
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

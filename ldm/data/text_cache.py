@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conditioning import Conditioning, TextEncoder
-from ldm.data.latents import check_settings, file_hash, write_tensors, write_text
+from ldm.data.cache_files import check_settings, file_hash, write_tensors, write_text
 
 FORMAT, SHARD_SIZE, BATCH_SIZE = 1, 1024, 32
 MANIFEST = "manifest.json"

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder
 from ldm.data.batches import SkipCounter
-from ldm.data.latents import CacheSettings, LatentCache, build_cache, check_settings, finish_cache, is_complete
+from ldm.data.cache_files import check_settings
+from ldm.data.latent_writing import build_cache, finish_cache
+from ldm.data.latents import CacheSettings, LatentCache, is_complete
 from ldm.data.sources import Source, Stream
 
 

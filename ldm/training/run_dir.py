@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ldm.config import ConfigError
 from ldm.config.file import Launch, differences
+from ldm.data.cache_files import file_hash
 
 State = dict[str, Any]
 FORMAT = 1
@@ -290,12 +291,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(module: torch.nn.Module) -> str:

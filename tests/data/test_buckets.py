@@ -11,7 +11,8 @@ from PIL import Image
 from ldm.data.batches import SkipCounter, Transform, pixel_batches
 from ldm.data.buckets import BucketOrder, Buckets, kinds_of
 from ldm.data.latent_batches import latent_batches
-from ldm.data.latents import CacheSettings, LatentCache, build_cache, finish_cache
+from ldm.data.latent_writing import build_cache, finish_cache
+from ldm.data.latents import CacheSettings, LatentCache
 from ldm.data.order import BatchPlan, ordered_slots
 from ldm.data.sources import Example
 from ldm.data.transforms import BadImage

@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.data.batches import SkipCounter
-from ldm.data.latents import (
-    CacheSettings,
-    LatentCache,
-    build_cache,
-    finish_cache,
-    verify_cache,
-)
+from ldm.data.latent_writing import build_cache, finish_cache
+from ldm.data.latents import CacheSettings, LatentCache, verify_cache
 from ldm.data.mapped import MappedTensors
 from ldm.data.sources import Columns, Source, Stream, open_source, open_stream
 

@@ -13,18 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.data.batches import SkipCounter, TooManyBadSamples
+from ldm.data.cache_files import StaleCache, check_settings
 from ldm.data.latent_batches import latent_batches
-from ldm.data.latents import (
-    CacheSettings,
-    LatentCache,
-    StaleCache,
-    build_cache,
-    check_settings,
-    finish_cache,
-    is_complete,
-    shard_count,
-    verify_cache,
-)
+from ldm.data.latent_writing import build_cache, finish_cache, shard_count
+from ldm.data.latents import CacheSettings, LatentCache, is_complete, verify_cache
 from ldm.data.order import BatchPlan, slots
 from ldm.data.sources import Example
 from ldm.data.transforms import BadImage, to_tensor

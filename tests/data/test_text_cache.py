@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conditioning import Conditioning, TextEncoder
 from ldm.data import text_cache
-from ldm.data.latents import StaleCache
+from ldm.data.cache_files import StaleCache
 from ldm.data.text_cache import TextCache, build_text_cache, distinct_captions, text_settings
 from ldm.tasks.captions import CachedCaptions
 
