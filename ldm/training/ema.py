@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.training.sharding import like
+
 
 class Ema:
     """Keeps avg <- d·avg + (1 - d)·w, with d warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
@@ -42,7 +44,7 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(like(state[name], value))
         self.updates = updates
 
     @torch.no_grad()
