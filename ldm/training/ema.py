@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.training.sharding import like
+from ldm.training.sharding import like, local
 
 
 class Ema:
@@ -26,8 +26,8 @@ class Ema:
         """Moves the average towards the module's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        current = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        current = [local(p.detach()) for p in self.module.parameters()]
+        torch._foreach_lerp_([local(average) for average in self.average.values()], current, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from ldm.config.file import Launch, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
-from ldm.training.sharding import ShardingAccelerator, sharding_wanted
+from ldm.training.sharding import accelerator_kind
 
 AnyTraining = AutoencoderTraining | ClassifierTraining | LdmTraining
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -39,7 +39,7 @@ def place(config: AnyTraining) -> Accelerator:
     use_all_cores()
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     training, folder = config.training, config.output_dir
-    accelerator = (ShardingAccelerator if sharding_wanted(config) else Accelerator)(
+    accelerator = accelerator_kind(config)(
         mixed_precision=training.mixed_precision if on_gpu else "no",
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=trackers(training.report_to) or None,

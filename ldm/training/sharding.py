@@ -29,8 +29,9 @@ from ldm.tasks.text_to_image import ConditionedUNet
 REPLICATED = "take train_configs/accelerate/ddp.yaml"
 
 
-def sharding_wanted(config: AutoencoderTraining | ClassifierTraining | LdmTraining) -> bool:
-    """Whether the launcher asked for FSDP2 over several processes.
+def accelerator_kind(config: AutoencoderTraining | ClassifierTraining | LdmTraining) -> type[Accelerator]:
+    """The one that shards, where the launcher asked for FSDP2 over several processes; accelerate's own way, for which
+    it needs a GPU, is then turned off.
 
     Raises:
         ConfigError: it asked for another way to shard, or for one that this config cannot have.
@@ -42,12 +43,13 @@ def sharding_wanted(config: AutoencoderTraining | ClassifierTraining | LdmTraini
                 "take train_configs/accelerate/fsdp.yaml"
             )
     if not _flag("ACCELERATE_USE_FSDP"):
-        return False
+        return Accelerator
     if not isinstance(config, LdmTraining):
         raise ConfigError(f"accelerate was asked for FSDP, but only train_ldm.py shards its weights; {REPLICATED}")
     for hindrance in _hindrances(config):
         raise ConfigError(f"accelerate was asked for FSDP, but {hindrance}")
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return ShardingAccelerator if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Accelerator
 
 
 def _hindrances(config: LdmTraining) -> Iterator[str]:
@@ -69,12 +71,10 @@ def _flag(name: str) -> bool:
 class ShardingAccelerator(Accelerator):  # type: ignore[misc]  # accelerate is not typed
     """An accelerator that shards the one network it prepares, which stays the same object.
 
-    accelerate's own FSDP, for which it needs a GPU, is turned off. The casts of a forward pass are not kept for a
-    second use in it: they would add up to a whole network.
+    The casts of a forward pass are not kept for a second use in it: they would add up to a whole network.
     """
 
     def __init__(self, **settings: Any) -> None:
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
         handlers = [*settings.pop("kwargs_handlers"), AutocastKwargs(cache_enabled=False)]
         super().__init__(**settings, kwargs_handlers=handlers)
 
@@ -118,9 +118,11 @@ def whole_network(accelerator: Accelerator, network: ConditionedUNet) -> Conditi
     call it."""
     if not isinstance(accelerator, ShardingAccelerator):
         return network
-    weights = whole(network.state_dict(), accelerator.is_main_process)
+    weights = {p: whole(p.detach(), accelerator.is_main_process) for p in network.parameters()}
     if accelerator.is_main_process:
-        accelerator.outline.load_state_dict(weights, assign=True)
+        parameters = {p: nn.Parameter(weight) for p, weight in weights.items()}
+        named = {name: parameters[p] for name, p in network.named_parameters(remove_duplicate=False)}  # tied ones twice
+        accelerator.outline.load_state_dict(network.state_dict() | named, assign=True)
     return accelerator.outline
 
 
@@ -143,6 +145,12 @@ def gathered(value: Tensor) -> Tensor:
     """A sharded tensor as a whole one, any other as it is; every process must call it."""
     full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
     return full
+
+
+def local(value: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, which shares its memory; any other tensor as it is."""
+    part: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return part
 
 
 def like(value: Tensor, own: Tensor | None) -> Tensor:

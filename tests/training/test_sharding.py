@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, LoraConfig, PretrainedText
 from ldm.config.file import parse_command_line
 from ldm.networks import UNet, UNetConfig
 from ldm.networks.blocks import Stage
-from ldm.training.sharding import _layers, like, own_part, sharding_wanted, whole, whole_network
+from ldm.training.sharding import ShardingAccelerator, _layers, accelerator_kind, like, own_part, whole, whole_network
 
+ROOT = Path(__file__).parent.parent.parent
 CONFIG = ["--config", "train_configs/shapes/quick-ldm.yaml"]
 
 
@@ -36,12 +43,13 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
 
 
-def test_sharding_is_wanted_where_accelerate_was_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not sharding_wanted(stage_two())
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding_wanted(stage_two())
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not sharding_wanted(stage_two())
+def test_accelerate_is_asked_and_its_own_way_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator_kind(stage_two()) is Accelerator
+    for processes, kind in (("2", ShardingAccelerator), ("1", Accelerator)):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert accelerator_kind(stage_two()) is kind
+        assert os.environ["ACCELERATE_USE_FSDP"] == "false"
 
 
 @pytest.mark.parametrize(
@@ -64,19 +72,20 @@ def test_what_cannot_be_combined_names_field_and_remedy(
     for name, value in {"ACCELERATE_USE_FSDP": "true", **env}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        sharding_wanted(stage_two(*argv))
+        accelerator_kind(stage_two(*argv))
 
 
 def test_an_adapter_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = dataclasses.replace(
         stage_two("--optimizer.type", "adamw"),
+        autoencoder=None,
         pretrained="x",
         text_encoder=PretrainedText(),
         adapter=LoraConfig("lora"),
     )
     with pytest.raises(ConfigError, match=r"`adapter.type` is lora.*; take train_configs/accelerate/ddp.yaml$"):
-        sharding_wanted(config)
+        accelerator_kind(config)
 
 
 def test_the_other_trainings_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +93,7 @@ def test_the_other_trainings_are_not_sharded(monkeypatch: pytest.MonkeyPatch) ->
     classifier: Any = object.__new__(ClassifierTraining)
     for config in (AutoencoderTraining("runs/x"), classifier):
         with pytest.raises(ConfigError, match=re.escape("only train_ldm.py shards its weights; take train_configs")):
-            sharding_wanted(config)
+            accelerator_kind(config)
 
 
 def test_layers_are_gathered_from_the_inside_out_and_stages_never() -> None:
@@ -116,3 +125,18 @@ def test_a_network_that_is_not_sharded_is_saved_loaded_and_exported_as_it_is() -
     accelerator: Any = object()
     network: Any = net
     assert whole_network(accelerator, network) is net
+
+
+def test_every_kind_of_text_encoder_is_sharded_with_the_network(tiny_t5_folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(__file__).with_name("sharded_steps.py")), str(tiny_t5_folder)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in ranks]
+    said = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
+    assert said[0][0].split() == ["clip", "frozen_clip", "dual", "t5", "bf16"]
