@@ -36,6 +36,7 @@ def accelerator_kind(config: AutoencoderTraining | ClassifierTraining | LdmTrain
     Raises:
         ConfigError: it asked for another way to shard, or for one that this config cannot have.
     """
+    plain: type[Accelerator] = Accelerator
     for mode in ("DEEPSPEED", "MEGATRON_LM"):
         if _flag(f"ACCELERATE_USE_{mode}"):
             raise ConfigError(
@@ -43,13 +44,13 @@ def accelerator_kind(config: AutoencoderTraining | ClassifierTraining | LdmTrain
                 "take train_configs/accelerate/fsdp.yaml"
             )
     if not _flag("ACCELERATE_USE_FSDP"):
-        return Accelerator
+        return plain
     if not isinstance(config, LdmTraining):
         raise ConfigError(f"accelerate was asked for FSDP, but only train_ldm.py shards its weights; {REPLICATED}")
     for hindrance in _hindrances(config):
         raise ConfigError(f"accelerate was asked for FSDP, but {hindrance}")
     os.environ["ACCELERATE_USE_FSDP"] = "false"
-    return ShardingAccelerator if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Accelerator
+    return ShardingAccelerator if int(os.environ.get("WORLD_SIZE", "1")) > 1 else plain
 
 
 def _hindrances(config: LdmTraining) -> Iterator[str]:
