@@ -127,7 +127,7 @@ def whole_network(accelerator: Accelerator, network: ConditionedUNet) -> Conditi
     return accelerator.outline
 
 
-def whole(tree: Any, keep: bool = True) -> Any:
+def whole(tree: Any, keep: bool) -> Any:
     """A tree of tensors, numbers, lists and dicts with every sharded tensor gathered, one after the other, to the CPU.
 
     Every process must call it; one that does not `keep` gets None in their place.

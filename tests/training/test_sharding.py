@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, LoraConfig, PretrainedText
@@ -50,6 +52,17 @@ def test_accelerate_is_asked_and_its_own_way_turned_off(monkeypatch: pytest.Monk
         monkeypatch.setenv("WORLD_SIZE", processes)
         assert accelerator_kind(stage_two()) is kind
         assert os.environ["ACCELERATE_USE_FSDP"] == "false"
+
+
+def test_our_file_asks_for_it_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's launcher would put into the environment of every process."""
+    words = ["--config_file", str(ROOT / "train_configs/accelerate/fsdp.yaml"), "train_ldm.py"]
+    asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert asked.use_fsdp and not asked.cpu
+    for name, value in prepare_multi_gpu_env(asked).items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    assert accelerator_kind(stage_two()) is ShardingAccelerator
 
 
 @pytest.mark.parametrize(
@@ -119,7 +132,7 @@ def test_a_network_that_is_not_sharded_is_saved_loaded_and_exported_as_it_is() -
     for part in (net, optimizer):
         state: Any = part.state_dict()
         written = json.dumps(state, default=str)
-        assert json.dumps(whole(state), default=str) == json.dumps(own_part(state, part), default=str) == written
+        assert json.dumps(whole(state, True), default=str) == json.dumps(own_part(state, part), default=str) == written
     assert like(net.weight, net.weight) is net.weight
     assert own_part({"any": 1}, object()) == {"any": 1}
     accelerator: Any = object()
