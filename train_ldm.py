@@ -50,6 +50,7 @@ from ldm.training.log import TimestepLosses, TrainingLog
 from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
 from ldm.training.precision import LossScaling
 from ldm.training.processes import last_state_named
+from ldm.training.sharding import whole_network
 from ldm.training.stop import StopSignal
 from ldm.training.trial import Trial, trial_steps
 from ldm.training.validation import validate_ldm
@@ -94,7 +95,6 @@ def main() -> None:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder, vae.downsample_factor)
     trained = build_trained(config, network)
-    optimizer = optimizer_of(network, config.optimizer)
     sizes = f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters"
     accelerator.print(sizes if trained is network else f"{sizes}, adapter {parameter_count(trained)}")
 
@@ -102,7 +102,7 @@ def main() -> None:
     if training.torch_compile:
         unet.compile()
     model, scaling = accelerator.prepare(network), LossScaling(accelerator)
-    ema = Ema(trained, training.ema_decay)
+    optimizer, ema = optimizer_of(network, config.optimizer), Ema(trained, training.ema_decay)
     guard = UpdateGuard(training.skip_loss_spikes, limit=SKIPS_IN_A_ROW + scaling.halvings)
     objective = build_objective(config)
     timesteps = build_timesteps(config, objective, accelerator.gather)
@@ -182,9 +182,11 @@ def main() -> None:
         return
 
     # 5. Export
+    with ema.applied():
+        finished = whole_network(accelerator, network)
+        if accelerator.is_main_process:
+            export(config, vae, finished, trained, run)
     if accelerator.is_main_process:
-        with ema.applied():
-            export(config, vae, network, trained, run)
         log.say(f"wrote {run.export}; {guard.total} updates skipped; {skips.summary()}")
     accelerator.wait_for_everyone()
     log.close()

@@ -12,6 +12,7 @@ from ldm.config import ConfigError
 from ldm.training.ema import Ema
 from ldm.training.guards import UpdateGuard
 from ldm.training.run_dir import DamagedState, RunDir, State, read_state
+from ldm.training.sharding import own_part, whole
 
 
 class Stateful(Protocol):
@@ -58,9 +59,10 @@ class Checkpoint:
         A disk that is full or fails costs this state only: it is told through `say`, and training goes on.
         """
         self.accelerator.wait_for_everyone()
+        state = whole(self._state(step), self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             try:
-                self.run.save(step, self._state(step), self.keep)
+                self.run.save(step, state, self.keep)
             except OSError as error:
                 last = self.run.newest_intact()
                 say(f"step {step}: warning: no state was saved ({error}); the last good one is {last}")
@@ -73,7 +75,7 @@ class Checkpoint:
 
     def _restore(self, state: State) -> None:
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(own_part(state[name], part))
         progress = state["progress"]
         self.ema.load_state_dict(state["ema"], progress["ema_updates"])
         self.guard.load_state_dict(progress.get("guard", {}))

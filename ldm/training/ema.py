@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.training.sharding import like, local
+
 
 class Ema:
     """Keeps avg <- d·avg + (1 - d)·w, with d warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
@@ -24,8 +26,8 @@ class Ema:
         """Moves the average towards the module's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        current = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        current = [local(p.detach()) for p in self.module.parameters()]
+        torch._foreach_lerp_([local(average) for average in self.average.values()], current, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -42,7 +44,7 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(like(state[name], value))
         self.updates = updates
 
     @torch.no_grad()

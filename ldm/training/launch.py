@@ -24,6 +24,7 @@ from ldm.config.file import Launch, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
+from ldm.training.sharding import accelerator_kind
 
 AnyTraining = AutoencoderTraining | ClassifierTraining | LdmTraining
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -32,14 +33,13 @@ PR_SET_PDEATHSIG = 1
 
 def place(config: AnyTraining) -> Accelerator:
     """The accelerator: processes, devices, precision and accumulation. On CPU everything is fp32, whatever is asked."""
-    refuse_sharding()
     keep_heap()
     stop_with_parent()
     start_all_processes()
     use_all_cores()
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     training, folder = config.training, config.output_dir
-    accelerator = Accelerator(
+    accelerator = accelerator_kind(config)(
         mixed_precision=training.mixed_precision if on_gpu else "no",
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=trackers(training.report_to) or None,
@@ -49,16 +49,6 @@ def place(config: AnyTraining) -> Accelerator:
     )
     set_seed(config.seed)
     return accelerator
-
-
-def refuse_sharding() -> None:
-    """Raises a ConfigError under accelerate's sharded modes: state, average and guard need whole weights."""
-    for mode in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
-            raise ConfigError(
-                f"accelerate was asked for {mode}, which shards the weights; every process needs them whole here, so "
-                "take train_configs/accelerate/ddp.yaml"
-            )
 
 
 def trackers(report_to: str) -> list[str]:

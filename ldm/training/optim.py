@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import OptimizerConfig
+from ldm.training.sharding import gathered, like
 
 NEWTON_SCHULZ_STEPS = 5
 
@@ -68,6 +69,8 @@ class Muon(torch.optim.AdamW):
     learning rate and weight decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4). Directions
     with small gradients, such as a caption's rare words, are learnt as fast as those with large ones.
 
+    Of sharded matrices the momentum is sharded; every process gathers one after the other and orthogonalises it.
+
     Args:
         matrices: parameters of two or more dimensions.
         rest: the parameters left to AdamW.
@@ -101,9 +104,9 @@ class Muon(torch.optim.AdamW):
             state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalized(gradient.lerp(momentum, group["momentum"]).flatten(1))
+        update = orthogonalized(gathered(gradient.lerp(momentum, group["momentum"])).flatten(1))
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+        p.add_(like(update.view(p.shape), p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

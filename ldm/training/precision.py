@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ldm.training.sharding import gathered
+
 
 class LossScaling:
     """Clips and steps with gradients that `accelerator.backward` may have scaled (Micikevicius et al. 2018, sec. 3.2).
@@ -33,7 +35,7 @@ class LossScaling:
         """Clips the gradients' total norm to `max_norm` (None: leaves them); returns the norm from before, unscaled."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+        return gathered(nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
 
     def step(self, *optimizers: torch.optim.Optimizer) -> None:
         """One update of every optimiser, each of which was clipped."""

@@ -14,6 +14,7 @@ import torch.distributed
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 
 from ldm.data.text import first_line
 from ldm.training.run_dir import RunDir
@@ -44,6 +45,8 @@ def start_all_processes() -> None:
     asked = None if "RANK" in os.environ or "MASTER_ADDR" not in os.environ else launcher_arguments()
     if asked is None or (asked.num_processes or 1) < 2 or asked.mpirun_hostfile:
         return
+    if asked.use_fsdp or getattr(asked, "distributed_type", None) == DistributedType.FSDP:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # which its launcher tells on GPUs alone
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(asked), *sys.argv])
 

@@ -32,6 +32,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number, self.since, self.deferring, self.owner = 0, 0.0, False, os.getpid()
+        self.together: Accelerator | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -57,14 +58,21 @@ class StopSignal:
             self.leave()
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Ends the block where it calls `check` after a signal."""
-        with suppress(Stopped):
-            yield
+    def interruptible(self, together: Accelerator | None = None) -> Iterator[None]:
+        """Ends the block where it calls `check` after a signal.
+
+        With `together` the block runs in all processes, which end it at the same `check`, whoever got the signal.
+        """
+        self.together = together
+        try:
+            with suppress(Stopped):
+                yield
+        finally:
+            self.together = None
 
     def check(self, *_: object) -> None:
         """For long work between two steps: raises `Stopped` once a signal has come. Arguments are ignored."""
-        if self.number:
+        if self.number if self.together is None else self.requested(self.together):
             raise Stopped
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:

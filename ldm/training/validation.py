@@ -1,7 +1,7 @@
 """What both trainings look at every `validation.steps`: measures of the averaged weights, and a grid of pictures.
 
-Only the main process looks. Nothing here draws from a generator that training uses, and a signal ends it early; the
-next start then makes up for it.
+Only the main process looks; where weights are sharded all of them compute the same, and the main one writes. Nothing
+here draws from a generator that training uses, and a signal ends it early; the next start then makes up for it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ldm.training.guards import watched_latents
 from ldm.training.launch import tracker_image
 from ldm.training.log import TrainingLog
 from ldm.training.run_dir import RunDir
+from ldm.training.sharding import ShardingAccelerator
 from ldm.training.stop import StopSignal
 
 CHUNK = 32
@@ -73,10 +74,11 @@ def validate_ldm(
 
     `task` has the bare network in the place of the wrapped one; `model` shares its weights with it.
     """
-    if not log.accelerator.is_main_process:
+    together = log.accelerator if isinstance(log.accelerator, ShardingAccelerator) else None
+    if together is None and not log.accelerator.is_main_process:
         return
     prompts = list(config.validation.validation_prompts) or [""]
-    with stop.interruptible(), ema.applied(), evaluating(model.vae, task.model):
+    with stop.interruptible(together), ema.applied(), evaluating(model.vae, task.model):
         if held_out is not None:
             loss = held_out_loss(task, held_out, log.accelerator.device, stop)
             log.write(step, {"validation_loss": loss})
@@ -86,6 +88,8 @@ def validate_ldm(
             images = pipe(prompts, seed=config.validation.seed, callback=stop.check)
         except FloatingPointError as error:
             log.say(f"step {step}: warning: no pictures were drawn: {error}")
+            return
+        if not log.accelerator.is_main_process:
             return
         grid = image_grid(images, labels=prompts, min_side=128)
         tracker_image(log.accelerator, "samples", grid, step)

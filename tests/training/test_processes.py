@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def test_only_a_launched_process_without_a_rank_starts_others(monkeypatch: pytes
     assert started[0][1:] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_ldm.py", "--config", "launch.yaml"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["--config_file", str(CONFIGS / "fsdp.yaml")], ["--use_fsdp"]])
+def test_sharding_is_told_to_processes_on_the_cpu(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(processes.os, "execv", lambda program, argv: None)
+    monkeypatch.setattr(processes.psutil.Process, "cmdline", lambda self: ["accelerate", "launch", *words, *REST])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "")
+    processes.start_all_processes()
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
 def test_several_machines_share_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:

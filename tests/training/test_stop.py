@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from ldm.training.stop import Stopped, StopSignal
 
@@ -64,6 +67,19 @@ def test_in_the_loop_it_is_remembered_and_ends_what_asks(stop: StopSignal) -> No
         with pytest.raises(Stopped):
             stop.check("any", "argument")
     assert end.value.code == 143
+
+
+def test_processes_that_validate_together_end_at_the_same_check(stop: StopSignal) -> None:
+    others = iter([0, 0, signal.SIGTERM])
+    accelerator: Any = SimpleNamespace(num_processes=2, device="cpu")
+    accelerator.gather = lambda own: torch.cat([own, torch.tensor([next(others)])])
+    seen = []
+    with stop.interruptible(accelerator):
+        for item in stop.checked([1, 2, 3, 4]):
+            seen.append(item)
+    assert seen == [1, 2] and stop.number == signal.SIGTERM
+    with pytest.raises(Stopped):
+        stop.check()
 
 
 def test_a_repeated_signal_within_two_seconds_is_the_same(stop: StopSignal) -> None:
