@@ -19,6 +19,7 @@ from ldm.config import ConfigError, LdmTraining
 from ldm.config.file import load_config
 from ldm.data.instances import InstanceSource
 from ldm.data.latent_batches import batches_with_prior
+from ldm.data.latents import LatentCache
 from ldm.data.order import BatchPlan
 from ldm.data.sources import open_source
 
@@ -209,6 +210,17 @@ def test_pictures_of_a_killed_run_are_not_kept_under_other_prompts(
     assert done.returncode == 2 and "holds class pictures whose prompts differ" in done.stderr
 
 
+def test_class_pictures_of_a_source_are_taken_as_they_are(
+    tiny_model_folder: Path, instances: Path, tmp_path: Path
+) -> None:
+    given = "{class_source: shapes, num_class_images: 6}"
+    done = train(tmp_path / "run", tiny_model_folder, instances, "lora", "--prior_preservation", given)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "class_images").exists()
+    cache, source = LatentCache(tmp_path / "run" / "class_latents"), open_source("shapes", "train", 32)
+    assert [cache.captions[i] for i in range(len(cache))] == [list(source[i].captions) for i in range(6)]
+
+
 def test_rows_of_instances_and_prior_alternate_whatever_the_processes() -> None:
     """The same global batch from one process and from two; weights give the sum of both means."""
 
@@ -264,7 +276,7 @@ REFUSED = {
     ),
     "prior alone": (
         {"pretrained": None, "autoencoder": "vae", "prior_preservation": {"class_prompts": ["x"]}},
-        "`prior_preservation` has class prompts without `pretrained`",
+        "`prior_preservation` names class pictures without `pretrained`",
     ),
     "muon": ({**INVERSION, "optimizer": {"type": "muon"}}, "`optimizer.type` is muon with an `adapter`"),
     "rank": ({"adapter": {"type": "lora", "rank": 0}}, "`adapter.rank` is 0"),
@@ -272,7 +284,7 @@ REFUSED = {
     "token": ({"adapter": {"type": "textual_inversion", "token": "a heart", "initializer": "x"}}, "`adapter.token`"),
     "prompts twice": (
         {"prior_preservation": {"class_prompts": ["x"], "class_prompts_file": "y.txt"}},
-        "`prior_preservation.class_prompts_file` is 'y.txt' beside",
+        "`prior_preservation.class_prompts` is ('x',) and `prior_preservation.class_prompts_file` is 'y.txt'; give one",
     ),
     "captions of instances": (
         {"data": {"source": "x", "instance_prompt": "a sks dog", "caption_columns": ["title"]}},

@@ -54,15 +54,17 @@ AdapterConfig = NoAdapter | LoraConfig | TextualInversionConfig
 
 @dataclass(frozen=True)
 class PriorPreservationConfig:
-    """Pictures that the pretrained model draws beforehand keep it what it was (Ruiz et al. 2023, section 3.3).
+    """Pictures of what the pretrained model knows keep it what it was (Ruiz et al. 2023, section 3.3).
 
-    Half of every batch are `num_class_images` pictures of `class_prompts`, in turn, whose mean loss counts
-    `prior_loss_weight` times (lambda of equation 2). Without class prompts there is no such half. Many of them may
-    stand in `class_prompts_file`, one a line.
+    Half of every batch are `num_class_images` pictures, whose mean loss counts `prior_loss_weight` times (lambda of
+    equation 2). The model draws them beforehand from `class_prompts`, in turn, or from the lines of
+    `class_prompts_file`; or they are the first ones of `class_source`, any data source with captions, best what the
+    model was trained on. Without any of the three there is no such half.
     """
 
     class_prompts: tuple[str, ...] = ()
     class_prompts_file: str | None = None
+    class_source: str | None = None
     num_class_images: int = 200
     prior_loss_weight: float = 1.0
     batch_size: int = 8
@@ -70,13 +72,13 @@ class PriorPreservationConfig:
     def __post_init__(self) -> None:
         require_at_least(self, "prior_preservation", 1, "num_class_images", "batch_size")
         require_positive(self, "prior_preservation", "prior_loss_weight")
-        require(
-            not self.class_prompts or self.class_prompts_file is None,
-            f"`prior_preservation.class_prompts_file` is {self.class_prompts_file!r} beside "
-            "`prior_preservation.class_prompts`; give one of the two",
-        )
+        given = [f"`prior_preservation.{name}` is {getattr(self, name)!r}" for name in self._given()]
+        require(len(given) < 2, f"{' and '.join(given)}; give one of them")
 
     @property
     def wanted(self) -> bool:
-        """Whether there are class prompts."""
-        return bool(self.class_prompts) or self.class_prompts_file is not None
+        """Whether there are class pictures."""
+        return bool(self._given())
+
+    def _given(self) -> list[str]:
+        return [name for name in ("class_prompts", "class_prompts_file", "class_source") if getattr(self, name)]

@@ -192,7 +192,7 @@ class LdmTraining:
         batch, ratio = self.training.train_batch_size, self.data.buckets.max_aspect_ratio
         require(
             self.pretrained is not None,
-            "`prior_preservation` has class prompts without `pretrained`, the model that draws them",
+            "`prior_preservation` names class pictures without `pretrained`, the model that they keep as it is",
         )
         require(
             batch % 2 == 0,

@@ -25,7 +25,7 @@ from ldm.config import (
     ScratchClip,
     TextualInversionConfig,
 )
-from ldm.data.sources import Source, open_source
+from ldm.data.sources import Columns, Source, open_source
 from ldm.networks import UNetConfig
 from ldm.pipeline import TextToImage
 from ldm.pretrained import Model, read_model, resolve
@@ -111,17 +111,21 @@ def merged(trained: nn.Module) -> AbstractContextManager[None]:
 
 
 def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: Accelerator, few: bool) -> Source:
-    """Pictures that the model draws of the class prompts, from `folder`, drawn there if they are not yet.
+    """Those of `class_source`, or pictures that the model draws of the class prompts, into `folder` if not there yet.
 
     Picture i is drawn from prompt i, in turn, with seed + i and the model's own settings; a run that was killed goes on
-    with the first missing one. `few` draws one batch, for a dry run.
+    with the first missing one. `few` takes one batch, for a dry run.
 
     Raises:
-        ValueError: the folder holds pictures of another model, seed or prompts, or the file of prompts holds none.
+        ValueError: the source cannot be read, the folder holds pictures of another model, seed or prompts, or the file
+            of prompts holds none.
     """
-    prior = config.prior_preservation
-    given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
+    prior, data = config.prior_preservation, config.data
     count = min(prior.num_class_images, prior.batch_size) if few else prior.num_class_images
+    if prior.class_source is not None:
+        columns = Columns(data.image_column, data.caption_columns)
+        return open_source(prior.class_source, "train", data.resolution, columns, count)
+    given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
     prompts = [given[i % len(given)] for i in range(count)]
     origin = {"model": config.pretrained, "seed": config.seed, "prompts": prompts}
     pictures, table, noted = folder / "train", folder / "train" / "metadata.jsonl", folder / "origin.json"
@@ -141,7 +145,7 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
         raise ValueError(
             f"{folder} holds class pictures whose {' and '.join(differing)} differ; delete it to draw this config's"
         )
-    return open_source(str(folder), "train", config.data.resolution)
+    return open_source(str(folder), "train", data.resolution)
 
 
 def _lines(file: Path) -> list[str]:
