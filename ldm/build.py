@@ -73,15 +73,16 @@ from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDra
 
 def build_source(config: DataConfig, split: str, seed: int) -> Source:
     """The training or validation data of a config, with random access."""
-    if config.instance_prompt is not None:
-        return InstanceSource(config.source, config.instance_prompt)
     validation = split == config.validation_split
+    limit = config.max_validation_samples if validation else config.max_train_samples
+    if config.instance_prompt is not None:
+        return InstanceSource(config.source, config.instance_prompt, limit)
     return open_source(
         (config.validation_source or config.source) if validation else config.source,
         split,
         config.resolution,
         Columns(config.image_column, config.caption_columns),
-        config.max_validation_samples if validation else config.max_train_samples,
+        limit,
         config.shapes_per_image,
         seed,
     )

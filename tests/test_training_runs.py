@@ -94,13 +94,13 @@ ema.Ema.update = then_die
 """
 WHILE_ENCODING = """
 import os, signal
-from ldm.data import latents
-write = latents.write_text
+from ldm.data import latent_writing
+write = latent_writing.write_text
 def then_die(path, text):
     if path.name == "shard_00002.json":
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, text)
-latents.write_text = then_die
+latent_writing.write_text = then_die
 """
 WHILE_SAVING = """
 import os, signal

@@ -30,8 +30,6 @@ UNREAD_WITH_INSTANCES = (
     "validation_source",
     "image_column",
     "caption_columns",
-    "max_train_samples",
-    "max_validation_samples",
     "shapes_per_image",
 )
 

@@ -11,14 +11,15 @@ from ldm.data.transforms import image_size, open_image
 
 
 class InstanceSource:
-    """All pictures of a folder, whatever lies beside them, each with the same caption; none is held out.
+    """The first `max_samples` pictures of a folder, all for None, each with the same caption; none is held out.
 
     Raises:
         ValueError: there is no such folder, or no picture in it.
     """
 
-    def __init__(self, folder: str, prompt: str) -> None:
-        self.files = sorted(str(p) for p in Path(folder).expanduser().rglob("*") if p.suffix.lower() in SUFFIXES)
+    def __init__(self, folder: str, prompt: str, max_samples: int | None = None) -> None:
+        found = sorted(str(p) for p in Path(folder).expanduser().rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.files = found[:max_samples]
         self.name, self.prompt = f"{folder}:{prompt}", prompt
         if not self.files:
             raise ValueError(f"data.source {folder!r} holds no pictures; with data.instance_prompt it must be a folder")

@@ -56,6 +56,7 @@ def test_accelerate_is_asked_and_its_own_way_turned_off(monkeypatch: pytest.Monk
 
 def test_our_file_asks_for_it_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerate's launcher would put into the environment of every process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate reads one number
     words = ["--config_file", str(ROOT / "train_configs/accelerate/fsdp.yaml"), "train_ldm.py"]
     asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     assert asked.use_fsdp and not asked.cpu

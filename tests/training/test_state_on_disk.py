@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ldm.config.file import Launch
+from ldm.data import cache_files
 from ldm.training import run_dir
 from ldm.training.run_dir import RunDir, is_intact, size_in_bytes
 
@@ -136,7 +137,8 @@ def break_call(patch: pytest.MonkeyPatch, function: str, number: int) -> list[in
             raise OSError(ERRORS[number % len(ERRORS)], "broken")
         return inner(*args, **kwargs)
 
-    patch.setattr(owner, name, breaking, raising=False)
+    for module in (run_dir, cache_files) if name == "open" else (owner,):  # cache_files reads a file for its hash
+        patch.setattr(module, name, breaking, raising=False)
     return calls
 
 
