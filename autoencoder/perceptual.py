@@ -139,7 +139,7 @@ class EfficientNetFeatureDistance(FeatureDistance):
 
     def __init__(self, name: str = "efficientnet-lite0") -> None:
         super().__init__()
-        net, self.taps = folded(load_efficientnet(name)), EFFICIENTNETS[name].taps
+        net, self.taps = folded(load_efficientnet(name).double()).float(), EFFICIENTNETS[name].taps
         self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
         self.blocks = nn.ModuleList(net._blocks[: self.taps[-1] + 1])
         self.to(memory_format=torch.channels_last)
