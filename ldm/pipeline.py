@@ -23,13 +23,12 @@ from ldm.networks import uncropped
 from ldm.pretrained import BUNDLED, Model, read_model, resolve, write_model
 from ldm.process import at_unit_variance
 from ldm.process.posterior import q_sample
-from ldm.process.prediction import Prediction, check_choice
+from ldm.process.prediction import check_choice
 from ldm.process.spacing import TIMESTEP_SPACINGS
 from ldm.sampling import (
     SIGMA_SPACINGS,
     Callback,
     ClassifierGuidance,
-    Denoiser,
     Guidance,
     Sampler,
     classifier_gradient,
@@ -40,7 +39,8 @@ from ldm.sampling import (
     slerp,
 )
 from ldm.sampling.denoiser import Conditioning as NetworkConditioning
-from ldm.sampling.denoiser import Network
+from ldm.sampling.denoiser import in_chunks
+from ldm.sampling.inpainting import inpainting_denoiser, with_channels
 
 DEFAULTS: Mapping[str, Any] = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5}
 DECODERS: Mapping[str | None, Decode] = {None: whole_decode, "strips": strip_decode, "tiles": tiled_decode}
@@ -323,7 +323,7 @@ class TextToImage:
             self.dtype,
         )
         if plan.keep is not None and plan.start is not None:
-            denoise = self._inpainting(denoise, plan.start, plan.keep)
+            denoise = inpainting_denoiser(denoise, self.schedule, plan.start, plan.keep)
         z = plan.sampler(denoise, x, self.schedule, plan.timesteps, rng, plan.callback)
         if plan.keep is not None and plan.start is not None:
             z = torch.lerp(z, plan.start.expand_as(z), plan.keep)
@@ -364,17 +364,6 @@ class TextToImage:
             told |= {"pooled": condition.pooled, "size_ids": sizes}
         return told
 
-    def _inpainting(self, denoise: Denoiser, start: Tensor, keep: Tensor) -> Denoiser:
-        """The same denoiser, sure of the kept part: x0 there is the given picture's (Song et al. 2021, app. I.2)."""
-
-        def masked(x: Tensor, t: Tensor) -> Prediction:
-            alpha, sigma = self.schedule.alpha_sigma(t, like=x)
-            prediction = denoise(x, t)
-            x0 = torch.lerp(prediction.x0, start.expand_as(x), keep)
-            return prediction._replace(x0=x0, eps=(x - alpha * x0) / sigma)
-
-        return masked
-
     def _start(self, noise: Tensor, start: Tensor | None, visited: Tensor) -> Tensor:
         if start is None:
             return noise
@@ -407,7 +396,7 @@ class TextToImage:
 
     def _pixels(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
         factor = self.model.vae.downsample_factor
-        fitted = fit(to_rgb(image), shape[2] * factor, shape[1] * factor)
+        fitted = resize_and_crop(to_rgb(image), (shape[2] * factor, shape[1] * factor))
         return to_tensor(fitted)[None].to(self.device)
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -435,43 +424,6 @@ class TextToImage:
         redrawn = self._redrawn(mask, shape)
         seen = self._encode(self._pixels(image, shape) * (1 - redrawn))
         return torch.cat([interpolate(redrawn, shape[1:]), seen], dim=1)
-
-
-def with_channels(net: Network, channels: Tensor) -> Network:
-    """The same network with further input channels [1, C, h, w] behind those of x."""
-
-    def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
-        return net(torch.cat([x, channels.to(x).expand(len(x), -1, -1, -1)], dim=1), t, **condition)
-
-    return run
-
-
-def in_chunks(net: Network, rows: int) -> Network:
-    """The same network, run on exactly `rows` rows at a time; the last ones are filled up with copies.
-
-    Kernels are chosen by the shapes of their inputs and sum in another order for another batch size, so that a picture
-    would otherwise depend, in its last bits, on how many others are drawn with it.
-    """
-
-    def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
-        filled = torch.arange(len(x) + -len(x) % rows, device=x.device).clamp(max=len(x) - 1)
-        given = {name: value for name, value in condition.items() if value is not None}
-        parts = torch.split(filled, rows)
-        chunks = [net(x[i], t[i], **{name: value[i] for name, value in given.items()}) for i in parts]
-        return torch.cat(chunks)[: len(x)]
-
-    return run
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resizes and centre-crops a picture to exactly width x height."""
-    if width == height:
-        return resize_and_crop(image, width)
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    x, y = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((x, y, x + width, y + height))
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -77,3 +77,20 @@ def unit_variance_denoiser(denoise: Denoiser, schedule: VariancePreserving) -> D
         return denoise(x * schedule.norm(t, like=x), t)
 
     return seen
+
+
+def in_chunks(net: Network, rows: int) -> Network:
+    """The same network, run on exactly `rows` rows at a time; the last ones are filled up with copies.
+
+    Kernels are chosen by the shapes of their inputs and sum in another order for another batch size, so that a picture
+    would otherwise depend, in its last bits, on how many others are drawn with it.
+    """
+
+    def run(x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
+        filled = torch.arange(len(x) + -len(x) % rows, device=x.device).clamp(max=len(x) - 1)
+        given = {name: value for name, value in condition.items() if value is not None}
+        parts = torch.split(filled, rows)
+        chunks = [net(x[i], t[i], **{name: value[i] for name, value in given.items()}) for i in parts]
+        return torch.cat(chunks)[: len(x)]
+
+    return run

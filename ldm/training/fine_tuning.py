@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,8 @@ from ldm.process import DiffusionConfig
 from ldm.seeds import generator
 from ldm.tasks.text_to_image import ConditionedUNet
 from ldm.training.run_dir import write_text
+
+ORIGIN = "origin.json"
 
 
 def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
@@ -111,10 +113,9 @@ def merged(trained: nn.Module) -> AbstractContextManager[None]:
 
 
 def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: Accelerator, few: bool) -> Source:
-    """Those of `class_source`, or pictures that the model draws of the class prompts, into `folder` if not there yet.
+    """The pictures of `class_source`, or those that the model draws of the class prompts into `folder`.
 
-    Picture i is drawn from prompt i, in turn, with seed + i and the model's own settings; a run that was killed goes on
-    with the first missing one. `few` takes one batch, for a dry run.
+    `few` takes one batch, for a dry run.
 
     Raises:
         ValueError: the source cannot be read, the folder holds pictures of another model, seed or prompts, or the file
@@ -128,24 +129,46 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
     given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
     prompts = [given[i % len(given)] for i in range(count)]
     origin = {"model": config.pretrained, "seed": config.seed, "prompts": prompts}
-    pictures, table, noted = folder / "train", folder / "train" / "metadata.jsonl", folder / "origin.json"
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            if not noted.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(noted, json.dumps(origin))
-            if not table.exists() and json.loads(noted.read_text(encoding="utf-8")) == origin:
-                pipe = TextToImage(model, accelerator.device, torch.float32)
-                _draw_class_images(pipe, prompts, pictures, config.seed, prior.batch_size)
-                rows = [{"file_name": f"{i:05d}.png", "text": text} for i, text in enumerate(prompts)]
-                write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
-    of_old = json.loads(noted.read_text(encoding="utf-8"))
-    differing = [name for name, value in origin.items() if of_old[name] != value]
-    if differing:
+            _draw_class_images(TextToImage(model, accelerator.device, torch.float32), origin, folder, prior.batch_size)
+    if differing := _differing(origin, folder):
         raise ValueError(
             f"{folder} holds class pictures whose {' and '.join(differing)} differ; delete it to draw this config's"
         )
     return open_source(str(folder), "train", data.resolution)
+
+
+def _draw_class_images(pipe: TextToImage, origin: dict[str, Any], folder: Path, batch_size: int) -> None:
+    """Draws what is missing: picture i from prompt i with seed + i and the model's own settings.
+
+    The folder first notes what its pictures are drawn from; one that notes something else is left as it is.
+    """
+    noted, pictures = folder / ORIGIN, folder / "train"
+    if not noted.exists():
+        pictures.mkdir(parents=True, exist_ok=True)
+        write_text(noted, json.dumps(origin))
+    table, prompts = pictures / "metadata.jsonl", origin["prompts"]
+    if table.exists() or _differing(origin, folder):
+        return
+    with tqdm(total=len(prompts), desc="class images", unit="picture") as bar:
+        for first in range(0, len(prompts), batch_size):
+            numbers = range(first, min(first + batch_size, len(prompts)))
+            files = [pictures / f"{number:05d}.png" for number in numbers]
+            if not all(file.exists() for file in files):
+                images = pipe(prompts[first : numbers.stop], seed=origin["seed"] + first, batch_size=batch_size)
+                for file, image in zip(files, images, strict=True):
+                    image.save(temporary := file.with_suffix(".tmp"), format="PNG")
+                    os.replace(temporary, file)
+            bar.update(len(numbers))
+    rows = [{"file_name": f"{i:05d}.png", "text": text} for i, text in enumerate(prompts)]
+    write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _differing(origin: dict[str, Any], folder: Path) -> list[str]:
+    """What the folder's pictures were drawn from that is another thing in `origin`."""
+    found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    return [name for name, value in origin.items() if found[name] != value]
 
 
 def _lines(file: Path) -> list[str]:
@@ -156,17 +179,3 @@ def _lines(file: Path) -> list[str]:
     if not found:
         raise ConfigError(f"`prior_preservation.class_prompts_file`: {file} holds no prompts")
     return found
-
-
-def _draw_class_images(pipe: TextToImage, prompts: Sequence[str], folder: Path, seed: int, batch_size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(prompts), desc="class images", unit="picture") as bar:
-        for first in range(0, len(prompts), batch_size):
-            numbers = range(first, min(first + batch_size, len(prompts)))
-            files = [folder / f"{number:05d}.png" for number in numbers]
-            if not all(file.exists() for file in files):
-                images = pipe(prompts[first : numbers.stop], seed=seed + first, batch_size=batch_size)
-                for file, image in zip(files, images, strict=True):
-                    image.save(temporary := file.with_suffix(".tmp"), format="PNG")
-                    os.replace(temporary, file)
-            bar.update(len(numbers))
