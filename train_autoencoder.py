@@ -81,7 +81,6 @@ def main() -> None:
     task = AutoencoderTask(
         model,
         wrapped_d,
-        discriminator,
         perceptual,
         weights,
         build_penalties(config.discriminator),
@@ -123,8 +122,8 @@ def main() -> None:
                     loss = task.generator_loss(batch, step)
                     accelerator.backward(loss.surrogate)
                     micro.append(loss.terms)
-                    if adversarial:
-                        d_loss, d_terms = task.discriminator_loss(batch, loss.image, step)
+                    if loss.fake_logits is not None:
+                        d_loss, d_terms = task.discriminator_loss(batch, loss.fake_logits, step)
                         accelerator.backward(d_loss)
                         micro[-1] |= d_terms
             terms = averaged(micro)

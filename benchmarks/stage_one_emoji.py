@@ -131,7 +131,6 @@ def ours(config: AutoencoderTraining) -> tuple[Step, Callable[[Path], None]]:
     task = AutoencoderTask(
         vae,
         critic,
-        critic,
         build_perceptual(config.perceptual),
         weights,
         build_penalties(config.discriminator),
@@ -150,11 +149,10 @@ def ours(config: AutoencoderTraining) -> tuple[Step, Callable[[Path], None]]:
         factor = learning_rate(now, total, config.optimizer)
         set_learning_rate(optimizer, factor)
         set_learning_rate(d_optimizer, factor * config.discriminator.learning_rate_ratio)
-        adversarial = weights.discriminator_active(now)
         loss = task.generator_loss(batch, now)
         loss.surrogate.backward()
-        if adversarial:
-            d_loss, terms = task.discriminator_loss(batch, loss.image, now)
+        if loss.fake_logits is not None:
+            d_loss, terms = task.discriminator_loss(batch, loss.fake_logits, now)
             d_loss.backward()
             d_optimizer.step()
             loss.terms.update(terms)

@@ -96,7 +96,6 @@ def our_gradients(parts: Parts) -> Callable[[], None]:
     task = AutoencoderTask(
         parts.vae,
         parts.critic,
-        parts.critic,
         parts.perceptual,
         parts.weights,
         build_penalties(config.discriminator),
@@ -110,7 +109,8 @@ def our_gradients(parts: Parts) -> Callable[[], None]:
     def backward() -> None:
         loss = task.generator_loss(batch, parts.step)
         loss.surrogate.backward()
-        task.discriminator_loss(batch, loss.image, parts.step)[0].backward()
+        assert loss.fake_logits is not None
+        task.discriminator_loss(batch, loss.fake_logits, parts.step)[0].backward()
 
     return backward
 

@@ -27,25 +27,28 @@ from ldm.tasks.bottleneck import Bottleneck
 
 
 class GeneratorLoss(NamedTuple):
-    """A scalar to call backward on, the reconstructions without a graph [B, 3, H, W], and the terms to log."""
+    """A scalar to call backward on, the reconstructions without a graph [B, 3, H, W], and the terms to log.
+
+    `fake_logits` [B, 1, h, w] are the discriminator's of the reconstructions, None before it takes part; their graph
+    ends at the reconstructions.
+    """
 
     surrogate: Tensor
     image: Tensor
     terms: dict[str, Tensor]
+    fake_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AutoencoderTask:
     """The parts of stage one, built and placed.
 
-    `model` and `discriminator` may be wrapped for distributed training; `bare_discriminator` is the same network
-    without its wrapper, for the pass in which it takes no gradient. `state` is what the losses learn and remember,
+    `model` and `discriminator` may be wrapped for distributed training. `state` is what the losses learn and remember,
     `bottleneck` the kind of latent space. `reduce_mean` averages a tensor over all processes.
     """
 
     model: nn.Module
     discriminator: nn.Module
-    bare_discriminator: nn.Module
     perceptual: FeatureDistance | None
     weights: LossWeights
     penalties: DiscriminatorPenalties
@@ -60,7 +63,8 @@ class AutoencoderTask:
         The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021,
         eq. 7) follows from them by one weight gradient of the last convolution, so the decoder is walked back only
         once. The surrogate <image, gradient> has exactly that gradient. A log-variance that is learnt gets the gradient
-        of the nll. The discriminator's own gradients are left alone.
+        of the nll. The discriminator's own gradients are left alone; what it says of the reconstructions serves its own
+        loss as well, which must be taken before its weights change.
         """
         rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
         out = self.bottleneck(self.model, batch.image, rows, step)
@@ -72,8 +76,9 @@ class AutoencoderTask:
         terms["l1"] = (leaf - batch.image).detach().abs().mean()
         if self.state.logvar.requires_grad:
             terms["logvar"] = self.state.logvar.detach().clone()
+        logits = None
         if self.weights.discriminator_active(step):
-            logits = precise(self.bare_discriminator(leaf))
+            logits = precise(self.discriminator(leaf))
             g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
                 image_loss,
@@ -91,16 +96,16 @@ class AutoencoderTask:
         surrogate = surrogate + (precise(out.image) * gradient).sum()
         if out.loss is not None:
             surrogate = surrogate + out.loss
-        return GeneratorLoss(surrogate, leaf.detach(), terms)
+        return GeneratorLoss(surrogate, leaf.detach(), terms, logits)
 
-    def discriminator_loss(self, batch: PixelBatch, image: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss on real pictures and detached reconstructions, and the terms to log.
+    def discriminator_loss(self, batch: PixelBatch, fake: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss on real pictures and on reconstructions with logits `fake`, and the terms to log.
 
         The penalties are part of the loss, weighted, and logged without their weights.
         """
         r1_weight = self.penalties.r1_weight(step)
         pictures = batch.image.detach().requires_grad_(r1_weight > 0)
-        real, fake = precise(self.discriminator(pictures)), precise(self.discriminator(image))
+        real = precise(self.discriminator(pictures))
         loss = discriminator_loss(real, fake, self.weights.discriminator_loss)
         terms = {
             "discriminator": loss.detach(),

@@ -68,7 +68,7 @@ def run(accumulation: int) -> dict[str, Tensor]:
     model, wrapped = accelerator.prepare(vae, critic)
     bottleneck = GaussianBottleneck(WEIGHTS.kl, 4, 2)
     penalties, state = DiscriminatorPenalties(), LossState()
-    task = AutoencoderTask(model, wrapped, critic, perceptual, WEIGHTS, penalties, state, bottleneck, 0, reduce_mean)
+    task = AutoencoderTask(model, wrapped, perceptual, WEIGHTS, penalties, state, bottleneck, 0, reduce_mean)
     world = accelerator.num_processes
     plan = BatchPlan(len(IMAGES) // world // accumulation, accumulation, world, accelerator.process_index)
     for micro in range(accumulation):
@@ -81,8 +81,8 @@ def run(accumulation: int) -> dict[str, Tensor]:
             assert same(gradients(critic), of_critic), "the generator's pass reached the discriminator"
             assert not same(gradients(vae), of_vae), "the generator's pass did nothing"
             of_vae = gradients(vae)
-            assert not loss.image.requires_grad
-            accelerator.backward(task.discriminator_loss(batch, loss.image, 0)[0])
+            assert not loss.image.requires_grad and loss.fake_logits is not None
+            accelerator.backward(task.discriminator_loss(batch, loss.fake_logits, 0)[0])
             assert same(gradients(vae), of_vae), "the discriminator's pass reached the autoencoder"
             assert not same(gradients(critic), of_critic), "the discriminator's pass did nothing"
             assert not gradients(perceptual), "the perceptual network was given a gradient"

@@ -67,7 +67,6 @@ class Run:
         self.task = AutoencoderTask(
             self.vae,
             self.critic,
-            self.critic,
             None,
             weights,
             penalties,
@@ -84,8 +83,8 @@ class Run:
         loss = self.task.generator_loss(batch(step), step)
         loss.surrogate.backward()
         terms = dict(loss.terms)
-        if self.task.weights.discriminator_active(step):
-            d_loss, d_terms = self.task.discriminator_loss(batch(step), loss.image, step)
+        if loss.fake_logits is not None:
+            d_loss, d_terms = self.task.discriminator_loss(batch(step), loss.fake_logits, step)
             d_loss.backward()
             terms |= d_terms
             self.d_optimizer.step()
@@ -159,12 +158,26 @@ def test_the_log_variance_trains_without_weight_decay_and_is_no_part_of_the_mode
     assert not any("logvar" in name for name in run.vae.state_dict())
 
 
+def test_the_discriminator_gets_the_gradient_of_passes_of_its_own() -> None:
+    """Its logits of the reconstructions come from the generator's pass; the autoencoder's graph takes no part."""
+    run = Run(config(loss=dataclasses.replace(LOSS, discriminator_start=0)))
+    loss = run.task.generator_loss(batch(0), 0)
+    loss.surrogate.backward()
+    assert loss.fake_logits is not None and all(p.grad is None for p in run.critic.parameters())
+    generators = [p.grad.clone() for p in run.vae.parameters() if p.grad is not None]
+    run.task.discriminator_loss(batch(0), loss.fake_logits, 0)[0].backward()
+    found = [p.grad for p in run.critic.parameters()]
+    expected = discriminator_loss(run.critic(batch(0).image), run.critic(loss.image))
+    assert_close(found, list(torch.autograd.grad(expected, list(run.critic.parameters()))))
+    assert_close([p.grad for p in run.vae.parameters() if p.grad is not None], generators, atol=0, rtol=0)
+
+
 def test_r1_is_counted_lazily_and_logged_by_itself() -> None:
     critic = dataclasses.replace(CRITIC, r1=3.0, r1_every=2)
     run = Run(config(discriminator=critic, loss=dataclasses.replace(LOSS, discriminator_start=0)))
     image = batch(9).image
     for step, factor in ((0, 6.0), (1, 0.0), (2, 6.0)):
-        loss, terms = run.task.discriminator_loss(batch(step), image, step)
+        loss, terms = run.task.discriminator_loss(batch(step), run.critic(image), step)
         real = batch(step).image.requires_grad_()
         logits = run.critic(real)
         (gradient,) = torch.autograd.grad(logits.mean((1, 2, 3)).sum(), real)
@@ -190,7 +203,7 @@ def test_lecam_remembers_every_update_and_is_logged_by_itself() -> None:
         fake = 0.99 * fake + 0.01 * float(terms["logits_fake"])
     assert run.state.lecam.averages.tolist() == pytest.approx([real, fake], abs=1e-6)
     assert seen[0]["lecam"].item() == 0.0 and seen[1]["lecam"].item() > 0.0
-    loss, terms = run.task.discriminator_loss(batch(5), batch(6).image, 5)
+    loss, terms = run.task.discriminator_loss(batch(5), run.critic(batch(6).image), 5)
     assert_close(loss.detach(), terms["discriminator"] + 0.3 * terms["lecam"])
 
 

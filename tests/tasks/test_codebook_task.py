@@ -61,7 +61,7 @@ def task_of(
     critic = build_discriminator(chosen.discriminator, 0)
     weights, penalties = build_loss_weights(chosen.loss), build_penalties(chosen.discriminator)
     state, bottleneck = build_loss_state(chosen.loss), build_bottleneck(chosen, vae, reduce_mean)
-    return AutoencoderTask(vae, critic, critic, None, weights, penalties, state, bottleneck, 0, reduce_mean)
+    return AutoencoderTask(vae, critic, None, weights, penalties, state, bottleneck, 0, reduce_mean)
 
 
 def vq(chosen: AutoencoderTraining) -> VQModel:
