@@ -34,7 +34,7 @@ from ldm.training.captions import caption_source
 from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
 from ldm.training.export import export, trained_model
-from ldm.training.fine_tuning import build_trained, class_images, starting_model
+from ldm.training.fine_tuning import build_trained, class_images, prior_teacher, starting_model
 from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard
 from ldm.training.latent_data import encoded_data, training_batches, trial_data, validation_latents
 from ldm.training.launch import (
@@ -94,6 +94,7 @@ def main() -> None:
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     network = ConditionedUNet(unet, text_encoder, vae.downsample_factor)
+    teacher = prior_teacher(config, network)
     trained = build_trained(config, network)
     sizes = f"U-Net {parameter_count(unet)}, text encoder {parameter_count(text_encoder)} parameters"
     accelerator.print(sizes if trained is network else f"{sizes}, adapter {parameter_count(trained)}")
@@ -117,6 +118,7 @@ def main() -> None:
         config.objective.proportion_empty_prompts,
         config.latents.sample_posterior,
         config.seed,
+        teacher,
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
     parts: dict[str, Stateful] = {"network": trained, "optimizer": optimizer, **scaling.parts(), **timesteps.parts()}

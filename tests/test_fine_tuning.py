@@ -221,6 +221,20 @@ def test_class_pictures_of_a_source_are_taken_as_they_are(
     assert [cache.captions[i] for i in range(len(cache))] == [list(source[i].captions) for i in range(6)]
 
 
+def test_the_pretrained_model_stays_the_teacher_of_class_pictures_when_a_killed_run_goes_on(
+    tiny_model_folder: Path, instances: Path, tmp_path: Path, runs: dict[str, Path]
+) -> None:
+    for name, patches in {"whole": [""], "killed": [IN_THE_LOOP, ""]}.items():
+        run, taught = tmp_path / name, ["--prior_preservation.target", "model"]
+        codes = [train(run, tiny_model_folder, instances, "lora", *taught, patch=p).returncode for p in patches]
+        assert codes == [-9, 0][-len(patches) :]
+    assert written(tmp_path / "killed") == written(tmp_path / "whole") != written(runs["lora"])
+    losses = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (tmp_path / "whole", runs["lora"])
+    ]
+    assert losses[0]["loss"] < 0.8 * losses[1]["loss"], "the class pictures' part is zero at first"
+
+
 def test_rows_of_instances_and_prior_alternate_whatever_the_processes() -> None:
     """The same global batch from one process and from two; weights give the sum of both means."""
 
@@ -290,6 +304,10 @@ REFUSED = {
         {"data": {"source": "x", "instance_prompt": "a sks dog", "caption_columns": ["title"]}},
         "`data.caption_columns` is given with `data.instance_prompt`",
     ),
+    "taught token": (
+        {**INVERSION, "prior_preservation": {"class_prompts": ["x"], "target": "model"}},
+        "`prior_preservation.target` is model with `adapter.type` textual_inversion",
+    ),
     "odd batch": (
         {"training": {"train_batch_size": 3}, "prior_preservation": {"class_prompts": ["x"]}},
         "`training.train_batch_size` is 3",
@@ -313,6 +331,10 @@ def test_a_config_that_cannot_work_is_one_sentence(tmp_path: Path, case: str) ->
         (["--adapter.targets", "[to_z]"], "`adapter`: 'to_z' ends the name of no"),
         (["--unet.layers_per_block", "3"], "`unet` is given with `pretrained`"),
         (["--diffusion.prediction_type", "sample"], "`diffusion` is not that of the `pretrained` model"),
+        (
+            ["--adapter", "{}", "--prior_preservation.target", "model", "--diffusion.prediction_type", "sample"],
+            "whose predictions `prior_preservation.target` model asks for",
+        ),
         (
             ["--prior_preservation.class_prompts", "[]", "--prior_preservation.class_prompts_file", "no.txt"],
             "no.txt cannot be read",

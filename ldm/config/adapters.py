@@ -60,11 +60,17 @@ class PriorPreservationConfig:
     equation 2). The model draws them beforehand from `class_prompts`, in turn, or from the lines of
     `class_prompts_file`; or they are the first ones of `class_source`, any data source with captions, best what the
     model was trained on. Without any of the three there is no such half.
+
+    With `target` picture the network is to find these pictures under their noise, as those of the subject; with model
+    it is to predict what the pretrained model predicts there (the old task's loss of Li & Hoiem 2016, with a squared
+    error), a loss that is zero at the start and has no noise of its own. A second, frozen copy of the model is then
+    held in memory.
     """
 
     class_prompts: tuple[str, ...] = ()
     class_prompts_file: str | None = None
     class_source: str | None = None
+    target: Literal["picture", "model"] = "picture"
     num_class_images: int = 200
     prior_loss_weight: float = 1.0
     batch_size: int = 8

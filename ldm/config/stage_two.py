@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ldm.config.adapters import AdapterConfig, LoraConfig, NoAdapter, PriorPreservationConfig
+from ldm.config.adapters import (
+    AdapterConfig,
+    LoraConfig,
+    NoAdapter,
+    PriorPreservationConfig,
+    TextualInversionConfig,
+)
 from ldm.config.common import (
     ConfigError,
     DataConfig,
@@ -206,6 +212,12 @@ class LdmTraining:
         require(
             not self.latents.cache_text,
             "`latents.cache_text` is true with `prior_preservation`; it must be false",
+        )
+        taught = self.prior_preservation.target == "model"
+        require(
+            not taught or not isinstance(self.adapter, TextualInversionConfig),
+            "`prior_preservation.target` is model with `adapter.type` textual_inversion, which changes no caption but "
+            "its token's; it must be picture",
         )
 
     def _check_timesteps(self) -> None:

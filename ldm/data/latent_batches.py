@@ -42,7 +42,8 @@ def batches_with_prior(
         moments = torch.stack([one.moments, other.moments], dim=1).flatten(0, 1)
         captions = tuple(text for pair in zip(one.captions, other.captions, strict=True) for text in pair)
         rows = tuple(2 * row + side for row in one.rows for side in (0, 1))
-        yield LatentBatch(moments, captions, rows, (2.0, 2.0 * prior_loss_weight) * len(one.rows))
+        weights, kinds = (2.0, 2.0 * prior_loss_weight), (False, True)
+        yield LatentBatch(moments, captions, rows, weights * len(one.rows), kinds * len(one.rows))
 
 
 def order_of(cache: LatentCache, seed: int) -> Order:

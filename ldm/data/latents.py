@@ -60,12 +60,16 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """moments [B, 2C, h, w]; one caption a row; where each row stands in the global batch; how much its loss counts."""
+    """moments [B, 2C, h, w]; one caption a row; where each row stands in the global batch.
+
+    `weights` is how much a row's loss counts, `prior` whether it is one of the class pictures; None means one and none.
+    """
 
     moments: Tensor
     captions: tuple[str, ...]
     rows: tuple[int, ...]
     weights: tuple[float, ...] | None = None
+    prior: tuple[bool, ...] | None = None
 
     def to(self, device: torch.device) -> LatentBatch:
         return replace(self, moments=self.moments.to(device, non_blocking=True))

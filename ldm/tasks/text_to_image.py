@@ -12,7 +12,7 @@ from autoencoder import LatentCodec
 from conditioning import Conditioning, TextEncoder
 from ldm.data.latents import LatentBatch
 from ldm.networks import UNet, uncropped
-from ldm.process import Objective, TrainingNoise, hybrid_loss
+from ldm.process import NoisedExample, Objective, TrainingNoise, hybrid_loss
 from ldm.sampling import randn_rows
 from ldm.seeds import generator, row_uniform
 from ldm.tasks.captions import Captions
@@ -62,6 +62,7 @@ class TextToImageTask:
     """The parts of stage two, built and placed.
 
     `vlb_weight` is the bound's part in the loss of a network that learns its variance, None for a fixed variance.
+    `teacher`, where there is one, is the model before this training, which says what to predict for class pictures.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class TextToImageTask:
     proportion_empty_prompts: float
     sample_posterior: bool
     seed: int
+    teacher: ConditionedUNet | None = None
 
     def loss(self, batch: LatentBatch, step: int, global_size: int) -> DenoisingLoss:
         """DDPM's Algorithm 1 (Ho et al. 2020) with captions dropped for classifier-free guidance (Ho & Salimans 2022).
@@ -88,7 +90,10 @@ class TextToImageTask:
         offset = torch.rand((), generator=generator(self.seed, "timestep", step))
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
         t, weight = self.timesteps.draw(u, step)
-        text = self.captions(batch.captions, self.proportion_empty_prompts, row_uniform(rows))
+        uniform = row_uniform(rows)
+        if batch.prior is not None:
+            uniform[~torch.tensor(batch.prior)] = 1.0  # the subject keeps its caption
+        text = self.captions(batch.captions, self.proportion_empty_prompts, uniform)
         losses, t = self._denoising(batch, noise, eps, input_eps, t, text)
         self.timesteps.learn(batch.rows, t, losses)
         if batch.weights is not None:
@@ -120,11 +125,24 @@ class TextToImageTask:
         """The loss of every example [B], not yet weighted for how t was drawn, and t [B] on its device."""
         device = batch.moments.device
         x0 = self.codec.from_moments(batch.moments, None if noise is None else noise.to(device))
-        noised = self.objective.noise_at(x0, eps.to(device), t, input_eps.to(device))
-        raw = self.model(noised.x_t, noised.t, text.to(device)).float()
+        noised, text = self.objective.noise_at(x0, eps.to(device), t, input_eps.to(device)), text.to(device)
+        if self.teacher is not None and batch.prior is not None:
+            noised = noised._replace(target=self._taught(self.teacher, noised, text, batch.prior))
+        raw = self.model(noised.x_t, noised.t, text).float()
         if self.vlb_weight is None:
             return self.objective.loss(raw, noised), noised.t
         return hybrid_loss(self.objective, raw, x0, noised, levels=None, vlb_weight=self.vlb_weight), noised.t
+
+    @torch.no_grad()
+    def _taught(
+        self, teacher: ConditionedUNet, noised: NoisedExample, text: Tensor | Conditioning, prior: tuple[bool, ...]
+    ) -> Tensor:
+        """The targets [B, C, h, w], of class pictures what the teacher predicts under the same caption."""
+        rows = torch.tensor(prior, device=noised.x_t.device)
+        said = text.index(rows) if isinstance(text, Conditioning) else text[rows]
+        target = noised.target.clone()
+        target[rows] = teacher(noised.x_t[rows], noised.t[rows], said)[:, : target.shape[1]].to(target)
+        return target
 
 
 def _latent_shape(batch: LatentBatch) -> tuple[int, ...]:

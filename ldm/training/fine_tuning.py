@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -60,6 +61,11 @@ def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
             "`diffusion` is not that of the `pretrained` model, and a file that holds an adapter alone cannot say so; "
             "leave it out, or train without `adapter`"
         )
+    if diffusion != model.diffusion and config.prior_preservation.target == "model":
+        raise ConfigError(
+            "`diffusion` is not that of the `pretrained` model, whose predictions `prior_preservation.target` model "
+            "asks for; leave it out, or set `prior_preservation.target` to picture"
+        )
     text = config.text_encoder
     if text == ScratchClip():
         text = PretrainedText()
@@ -87,6 +93,14 @@ def build_trained(config: LdmTraining, network: ConditionedUNet) -> nn.Module:
         raise ConfigError(f"`adapter`: {error}") from error
     network.adapter = adapter
     return adapter
+
+
+def prior_teacher(config: LdmTraining, network: ConditionedUNet) -> ConditionedUNet | None:
+    """A frozen copy of the network, made before any adapter is; None where class pictures are their own target."""
+    prior = config.prior_preservation
+    if not prior.wanted or prior.target == "picture":
+        return None
+    return copy.deepcopy(network).requires_grad_(False).eval()
 
 
 def _lora(config: LoraConfig, seed: int, network: ConditionedUNet) -> LoraBranches:

@@ -100,6 +100,25 @@ def draws() -> tuple[list[torch.Generator], Tensor, Tensor]:
     return rows, eps, u
 
 
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_class_pictures_are_compared_with_the_teacher_and_the_others_with_the_noise(
+    config: Any, step: Any, variance: str
+) -> None:
+    settings = config("--diffusion.variance_type", variance, "--objective.vlb_weight", "0")
+    task, network, _, x0 = step(settings)
+    teacher = Recorder(len(network.weight)).requires_grad_(False)
+    teacher.weight *= 3
+    moments, prior = torch.cat([x0 / task.codec.scale, torch.zeros_like(x0)], dim=1), (False, True) * (ROWS // 2)
+    batch = LatentBatch(moments, ("two",) * ROWS, tuple(range(ROWS)), (2.0, 6.0) * (ROWS // 2), prior)
+    terms = dataclasses.replace(task, teacher=teacher).loss(batch, 5, ROWS)
+    _, eps, _ = draws()
+    taught = torch.nn.functional.conv2d(network.x_t, 3 * network.weight)[:, : x0.shape[1]].detach()
+    own = network.raw[:, : x0.shape[1]]
+    mean = (own - eps)[0::2].square().mean() + 3 * (own - taught)[1::2].square().mean()
+    torch.testing.assert_close(terms.loss, mean)
+    torch.testing.assert_close(teacher.x_t, network.x_t[1::2])
+
+
 def test_the_plain_step_is_l_simple(config: Any, step: Any) -> None:
     task, network, terms, x0 = step(config())
     _, eps, u = draws()
