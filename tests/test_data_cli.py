@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from ldm.data.emoji import CAPTIONS, emoji_folder
 from ldm.data.latents import LatentCache
 from ldm.data.shapes import ShapesDataset
 from ldm.data.sources import Columns, open_source
+from ldm.data.text_cache import TextCache, distinct_captions
 from ldm.data.transforms import to_tensor
-from ldm.pretrained import read_vae
+from ldm.pretrained import read_model, read_vae
 
 
 @pytest.fixture
@@ -90,6 +92,34 @@ def test_cache_verify_and_what_is_in_it(
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(ValueError, match=r"has 1 damaged shards: .*shard_00001\.safetensors differs from its hash"):
+        run(["verify", str(cache)])
+
+
+def test_captions_are_encoded_beside_the_latents_and_verified(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    argv = ["cache", "shapes", "--model", str(tiny_model_folder), "--output", str(cache), "--max-samples", "10"]
+    argv += ["--device", "cpu", "--batch-size", "4"]
+    run([*argv, "--text-encoder", "{type: pretrained}"])
+    run(["verify", str(cache)])
+    assert "10 entries intact" in capsys.readouterr().out
+    encoder, opened = read_model(tiny_model_folder).text_encoder, LatentCache(cache)
+    distinct = distinct_captions(itertools.chain.from_iterable(opened.captions))
+    assert len(distinct) > 10
+    row = TextCache(cache / "text", distinct).row(distinct[5])
+    with torch.no_grad():
+        torch.testing.assert_close(row.context, encoder.encode(encoder.tokenize([distinct[5]])).context)
+    for section, sentence in {
+        "{type: clip_from_scratch}": "--text-encoder is one that is trained",
+        "{type: pretrained, trainable: true}": "--text-encoder is one that is trained",
+        "{type: t6}": "`text_encoder.type` is 't6'",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            run([*argv, "--text-encoder", section])
+    (shard,) = (cache / "text").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"text/shard_00000\.safetensors is missing or damaged"):
         run(["verify", str(cache)])
 
 

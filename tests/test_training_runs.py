@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.cli import generate
+from ldm.cli import data, generate
 from ldm.data.shapes import ShapesDataset
 from ldm.data.transforms import to_tensor
 from ldm.networks import LatentClassifier
@@ -473,6 +473,16 @@ def test_stage_two_reads_cached_encodings_of_a_frozen_t5(
     assert (run / "latents" / "text" / "manifest.json").exists() and "captions are longer" in done.stdout
     report = generate.run(["-p", "a red circle", "-m", str(run / "export"), "-o", str(tmp_path / "t5.png"), "--json"])
     assert Path(report["images"][0]).is_file()
+    made, ahead = tmp_path / "latents", workshop / "t5_ahead"
+    argv = ["cache", "shapes", "--max-samples", "64", "--resolution", "32", "--model", stage_two["autoencoder"]]
+    argv += ["--shard-size", "16", "--batch-size", "8", "--text-encoder", json.dumps(text), "--output", str(made)]
+    data.run([*argv, "--device", "cpu"])
+    times = {file: file.stat().st_mtime_ns for file in (made / "text").iterdir()}
+    config = config_file(ahead, stage_two | {"text_encoder": text, "latents": latents | {"folder": str(made)}})
+    assert train("train_ldm.py", "--config", config).returncode == 0
+    assert times == {file: file.stat().st_mtime_ns for file in (made / "text").iterdir()}, "encoded a second time"
+    shards = [load_file(folder / "text" / "shard_00000.safetensors") for folder in (run / "latents", made)]
+    torch.testing.assert_close(*shards)
 
 
 def test_stage_two_writes_a_model_that_the_command_draws_with(ldm: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from ldm.cli.exits import exit_codes
 
 if TYPE_CHECKING:
+    from conditioning import TextEncoder
     from ldm.data.inspection import TokenCounter
     from ldm.data.sources import Source, Stream
 
@@ -35,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     cached = _with_source(commands, "cache", "encode a data set once; start it with accelerate for several processes")
     cached.add_argument("--model", required=True, help="model folder, vae folder or hub id")
     cached.add_argument("--output", required=True, metavar="CACHE", help="folder, later latents.folder")
+    cached.add_argument(
+        "--text-encoder",
+        metavar="YAML",
+        help="encode the captions too, for latents.cache_text: a frozen text_encoder section, such as "
+        "'{type: t5, path: FOLDER}', or '{type: pretrained}' for that of --model",
+    )
     cached.add_argument("--resolution", type=int, default=None, help="default: the model's own")
     cached.add_argument("--random-flip", action="store_true", help="also encode every picture's mirror image")
     cached.add_argument("--dtype", choices=("float16", "float32"), default="float16")
@@ -135,10 +143,12 @@ def _cache(args: argparse.Namespace) -> None:
     from ldm.data.batches import SkipCounter
     from ldm.data.latents import CacheSettings
     from ldm.pretrained import read_vae, resolve
+    from ldm.training.captions import encode_captions
     from ldm.training.encoding import encode_source, encoding_processes
     from ldm.training.run_dir import weights_hash
 
     accelerator = encoding_processes(args.device)
+    text_encoder = None if args.text_encoder is None else _frozen_text_encoder(args).to(accelerator.device)
     vae = read_vae(resolve(args.model)).to(accelerator.device)
     resolution = vae.config.sample_size if args.resolution is None else args.resolution
     for flag, value in (("--resolution", resolution), ("--bucket-step", args.bucket_step)):
@@ -158,17 +168,35 @@ def _cache(args: argparse.Namespace) -> None:
     )
     skips, sizes = SkipCounter(args.max_bad_fraction), (args.batch_size, args.shard_size)
     cache = encode_source(source, Path(args.output), settings, vae, accelerator, *sizes, skips)
+    if text_encoder is not None:
+        encode_captions(itertools.chain(*cache.captions), text_encoder, Path(args.output) / "text", accelerator)
     if accelerator.is_main_process:
         print(f"{args.output}: {len(cache)} entries of {cache.read} samples")
         for name in cache.skipped:
             print(f"skipped {name}", file=sys.stderr)
 
 
+def _frozen_text_encoder(args: argparse.Namespace) -> TextEncoder:
+    """The text encoder of `--text-encoder`, a section of a training's config."""
+    from ldm.build import build_text_encoder
+    from ldm.config.file import read_section
+    from ldm.config.text_encoders import PretrainedText, TextEncoderConfig
+    from ldm.pretrained import read_model, resolve
+
+    config = read_section(TextEncoderConfig, "text_encoder", args.text_encoder)
+    if getattr(config, "trainable", True):
+        raise ValueError("--text-encoder is one that is trained; only a frozen one's encodings can be kept")
+    if isinstance(config, PretrainedText):
+        return read_model(resolve(args.model)).text_encoder
+    return build_text_encoder(config, (), 0, Path(args.output) / "tokenizer")
+
+
 def _verify(args: argparse.Namespace) -> None:
     from ldm.data.latents import LatentCache, verify_cache
+    from ldm.data.text_cache import verify_text_cache
 
     with tqdm(desc="verifying", unit="shard", leave=False, disable=None) as bar:
-        problems = verify_cache(args.cache, bar.update)
+        problems = verify_cache(args.cache, bar.update) + verify_text_cache(args.cache / "text")
     if problems:
         raise ValueError(f"{args.cache} has {len(problems)} damaged shards: {'; '.join(problems)}")
     cache = LatentCache(args.cache)

@@ -66,6 +66,19 @@ def load_config(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{path}: {error}") from error
 
 
+def read_section(kind: type[T], key: str, text: str) -> T:
+    """A section of a config from YAML in one line, such as `{type: t5, path: FOLDER}`.
+
+    Raises:
+        ConfigError: naming `key`, where the section would stand, and what is wrong with it.
+    """
+    try:
+        tree = draccus.cfgparsing.parse_string(text)
+    except Exception as error:
+        raise ConfigError(f"`{key}` is {text!r}; that is not YAML") from error
+    return _build(kind, tree, f"{key}.")
+
+
 def dump_config(config: object) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     text: str = draccus.dump(config)

@@ -88,25 +88,41 @@ class TextCache:
         """
         self.captions = captions
         self.shards: list[Conditioning] = []
-        for number, digest in enumerate(json.loads((folder / MANIFEST).read_text())):
-            path = folder / f"shard_{number:05d}.safetensors"
-            if not path.exists() or file_hash(path) != digest:
-                raise ValueError(f"{path} is missing or damaged; delete {folder} to encode the captions again")
+        for path, digest in _shards(folder).items():
+            if problem := _problem(path, digest):
+                raise ValueError(problem)
             self.shards.append(_read_shard(path))
 
-    def gather(self, texts: Sequence[str]) -> Conditioning:
-        """The conditions of `texts`, each a caption of the cache or the empty prompt.
+    def row(self, text: str) -> Conditioning:
+        """The condition [1, L, D] of a caption of the cache or of the empty prompt.
 
         Raises:
             KeyError: a text that is not in the cache.
         """
-        return Conditioning.cat([self._row(text) for text in texts])
-
-    def _row(self, text: str) -> Conditioning:
         index = bisect_left(self.captions, text)
         if index == len(self.captions) or self.captions[index] != text:
             raise KeyError(text)
         return self.shards[index // SHARD_SIZE].index(torch.tensor([index % SHARD_SIZE]))
+
+
+def verify_text_cache(folder: Path) -> list[str]:
+    """Reads every byte of the encodings in `folder`, where there are any; a sentence for each damaged shard."""
+    if not folder.exists():
+        return []
+    if not (folder / MANIFEST).exists():
+        return [f"{folder} is not complete; the command that began it goes on with it"]
+    return [problem for path, digest in _shards(folder).items() if (problem := _problem(path, digest))]
+
+
+def _shards(folder: Path) -> dict[Path, str]:
+    """The hash of every shard."""
+    return {folder / f"shard_{i:05d}.safetensors": h for i, h in enumerate(json.loads((folder / MANIFEST).read_text()))}
+
+
+def _problem(path: Path, digest: str) -> str | None:
+    if path.exists() and file_hash(path) == digest:
+        return None
+    return f"{path} is missing or damaged; delete {path.parent} to encode the captions again"
 
 
 @torch.no_grad()

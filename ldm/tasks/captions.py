@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,10 +27,16 @@ class TokenizedCaptions:
 
 @dataclass(frozen=True)
 class CachedCaptions:
-    """Conditions [B, L, D] that a frozen encoder made once; a dropped caption is the empty prompt's."""
+    """Conditions [B, L, D] that a frozen encoder made once; a dropped caption is the empty prompt's.
+
+    `others` are conditions [1, L, D] of captions that are in no cache, such as those of a validation.
+    """
 
     cache: TextCache
+    others: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def __call__(self, captions: Sequence[str], probability: float, uniform: Tensor) -> Conditioning:
         dropped = dropped_rows(probability, uniform).tolist()
-        return self.cache.gather(["" if drop else text for text, drop in zip(captions, dropped, strict=True)])
+        texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        rows = [self.others[text] if text in self.others else self.cache.row(text) for text in texts]
+        return Conditioning.cat(rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -35,10 +37,21 @@ def caption_source(
         accelerator.print(f"{cut} of the first {len(first)} captions are longer than the text encoder's window: cut")
     if not config.cache_text:
         return TokenizedCaptions(encoder)
-    validation = () if held_out is None else held_out.captions
-    distinct = distinct_captions(itertools.chain(validation, *cache.captions))
+    with torch.no_grad():
+        others = set(() if held_out is None else held_out.captions)
+        validation = {text: encoder.encode(encoder.tokenize([text])).to("cpu") for text in sorted(others)}
+    return CachedCaptions(encode_captions(itertools.chain(*cache.captions), encoder, folder, accelerator), validation)
+
+
+def encode_captions(captions: Iterable[str], encoder: TextEncoder, folder: Path, accelerator: Accelerator) -> TextCache:
+    """The encodings of all captions in `folder`, made by the first process unless they are there; all must call it.
+
+    Raises:
+        StaleCache: the folder holds encodings of other captions or of another encoder.
+    """
+    distinct = distinct_captions(captions)
     with accelerator.main_process_first():
         settings = text_settings(distinct, encoder, weights_hash(encoder))
         with tqdm(total=len(distinct), desc="captions", disable=not accelerator.is_main_process) as bar:
             build_text_cache(folder, distinct, encoder, settings, bar.update)
-    return CachedCaptions(TextCache(folder, distinct))
+    return TextCache(folder, distinct)

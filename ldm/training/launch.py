@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -167,14 +166,3 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print("error: another process of this training ended; what it said tells why", file=sys.stderr)
         sys.exit(1)
-
-
-def tracker_image(accelerator: Accelerator, name: str, image: Any, step: int) -> None:
-    """Shows a picture in the trackers that take pictures."""
-    import numpy as np
-
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({name: [np.asarray(image)]}, step=step)

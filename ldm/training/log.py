@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -95,10 +97,26 @@ class TrainingLog:
         """Writes values as they are, for instance those of a validation; what is not finite as null."""
         if not self.accelerator.is_main_process:
             return
-        self.accelerator.log(dict(values), step=step)
-        with open(self.path, "a", encoding="utf-8") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self.despite_the_disk(step, "a row of metrics"), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
+        with self.despite_the_disk(step, "what the trackers were given"):
+            self.accelerator.log(dict(values), step=step)
+
+    def show(self, name: str, image: Image, path: Path, step: int) -> None:
+        """Writes a picture to its file and to the trackers that take pictures; the main process calls it."""
+        with self.despite_the_disk(step, path.name):
+            image.save(path)
+        with self.despite_the_disk(step, f"the trackers' {name}"):
+            tracker_image(self.accelerator, name, image, step)
+
+    @contextmanager
+    def despite_the_disk(self, step: int, lost: str) -> Iterator[None]:
+        """Around writing what training can do without: a disk that fails costs `lost`, and a line says so."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"step {step}: warning: {lost} could not be written ({error}); training goes on")
 
     def say(self, message: str | None) -> None:
         """One line, if there is one to say, above the progress bar, from the main process."""
@@ -107,7 +125,17 @@ class TrainingLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        with self.despite_the_disk(int(self.bar.n), "the trackers' last rows"):
+            self.accelerator.end_training()
+
+
+def tracker_image(accelerator: Accelerator, name: str, image: Image, step: int) -> None:
+    """Shows a picture in the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+        elif callable(getattr(tracker, "log_images", None)):
+            tracker.log_images({name: [np.asarray(image)]}, step=step)
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -24,7 +24,6 @@ from ldm.pretrained import Model
 from ldm.tasks.text_to_image import TextToImageTask
 from ldm.training.ema import Ema
 from ldm.training.guards import watched_latents
-from ldm.training.launch import tracker_image
 from ldm.training.log import TrainingLog
 from ldm.training.run_dir import RunDir
 from ldm.training.sharding import ShardingAccelerator
@@ -55,8 +54,7 @@ def validate_autoencoder(
         log.write(step, {"validation_psnr": value, **latents.figures()})
         log.say(f"step {step}: validation PSNR {value:.2f} dB")
         log.say(latents.warning(step))
-        tracker_image(log.accelerator, "reconstructions", grid, step)
-        grid.save(run.sample(step))
+        log.show("reconstructions", grid, run.sample(step), step)
 
 
 def validate_ldm(
@@ -92,8 +90,7 @@ def validate_ldm(
         if not log.accelerator.is_main_process:
             return
         grid = image_grid(images, labels=prompts, min_side=128)
-        tracker_image(log.accelerator, "samples", grid, step)
-        grid.save(run.sample(step))
+        log.show("samples", grid, run.sample(step), step)
 
 
 def held_out_loss(task: TextToImageTask, batch: LatentBatch, device: torch.device, stop: StopSignal) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from conditioning import Conditioning, TextEncoder
 from ldm.data import text_cache
 from ldm.data.cache_files import StaleCache
-from ldm.data.text_cache import TextCache, build_text_cache, distinct_captions, text_settings
+from ldm.data.text_cache import TextCache, build_text_cache, distinct_captions, text_settings, verify_text_cache
 from ldm.tasks.captions import CachedCaptions
 
 CAPTIONS = [f"caption {i:02d}" for i in range(70)]
@@ -59,17 +59,26 @@ def test_every_caption_comes_back(tmp_path: Path) -> None:
     cache = filled(tmp_path, encoder)
     assert len(list(tmp_path.glob("shard_*"))) == 5
     texts = ["caption 69", "", "caption 00", "caption 15", "caption 16", "caption 69"]
-    found, expected = cache.gather(texts), encoder.encode(encoder.tokenize(texts))
+    found, expected = Conditioning.cat([cache.row(text) for text in texts]), encoder.encode(encoder.tokenize(texts))
     assert torch.equal(found.context, expected.context) and found.context_mask is not None
     assert torch.equal(found.context_mask, expected.context_mask) and torch.equal(found.pooled, expected.pooled)
     with pytest.raises(KeyError, match="caption 70"):
-        cache.gather(["caption 70"])
+        cache.row("caption 70")
 
 
 def test_a_dropped_caption_is_the_empty_prompt(tmp_path: Path) -> None:
     cache = filled(tmp_path, Letters())
     found = CachedCaptions(cache)(["caption 01", "caption 02"], 0.5, torch.tensor([0.4, 0.6]))
-    assert torch.equal(found.context, cache.gather(["", "caption 02"]).context)
+    assert torch.equal(found.context, torch.cat([cache.row("").context, cache.row("caption 02").context]))
+
+
+def test_a_caption_of_no_cache_is_given_beside_it(tmp_path: Path) -> None:
+    encoder = Letters()
+    other = encoder.encode(encoder.tokenize(["held out"]))
+    told = CachedCaptions(filled(tmp_path, encoder), {"held out": other})
+    found = told(["held out", "caption 02", "held out"], 0.5, torch.tensor([0.6, 0.6, 0.4]))
+    expected = encoder.encode(encoder.tokenize(["held out", "caption 02", ""]))
+    assert torch.equal(found.context, expected.context)
 
 
 def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
@@ -102,3 +111,15 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"shard_00001\.safetensors is missing or damaged; delete"):
         TextCache(tmp_path, distinct_captions(CAPTIONS))
+
+
+def test_damage_is_found_before_the_encodings_are_used(tmp_path: Path) -> None:
+    filled(tmp_path / "text", Letters())
+    assert verify_text_cache(tmp_path / "text") == verify_text_cache(tmp_path / "nothing") == []
+    path = tmp_path / "text" / "shard_00003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert [problem.split(" is missing")[0] for problem in verify_text_cache(tmp_path / "text")] == [str(path)]
+    (tmp_path / "text" / "manifest.json").unlink()
+    assert "is not complete" in verify_text_cache(tmp_path / "text")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
+from PIL import Image
 
 from ldm.config import AutoencoderTraining, ConfigError, TrainingConfig
 from ldm.config.file import Launch
@@ -114,7 +116,7 @@ def test_an_unknown_tracker_is_refused_by_the_config() -> None:
 class Notebook(GeneralTracker):
     """A tracker that keeps what it is told."""
 
-    name = "trackio"
+    name = "wandb"
     requires_logging_directory = False
     rows: ClassVar[list[tuple[int, dict[str, float]]]] = []
     images: ClassVar[list[str]] = []
@@ -141,23 +143,67 @@ class Notebook(GeneralTracker):
         self.images.extend(values)
 
 
-def test_every_tracker_of_accelerate_gets_the_rows_and_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelerate import tracking
-    from PIL import Image
+class Ledger(Notebook):
+    """One that takes no pictures, as accelerate's class for this one does not."""
 
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Notebook)
-    monkeypatch.setattr(
-        tracking, "_available_trackers", [*tracking._available_trackers, tracking.LoggerType("trackio")]
-    )
+    name = "mlflow"
+    log_images = None  # type: ignore[assignment]
+
+
+@pytest.fixture(params=[Notebook, Ledger], ids=lambda kind: kind.name)
+def told(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TrainingLog, Path]]:
+    """The log of a run that reports to such a tracker, and the run's folder."""
+    from accelerate import tracking
+
+    kind = request.param
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, kind.name, kind)
+    available = [*tracking._available_trackers, tracking.LoggerType(kind.name)]
+    monkeypatch.setattr(tracking, "_available_trackers", available)
+    for name, empty in {"rows": [], "images": [], "settings": {}}.items():
+        monkeypatch.setattr(kind, name, empty)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True, log_with=launch.trackers("trackio"), project_dir=str(tmp_path))
-    config = AutoencoderTraining(str(tmp_path / "run"), training=TrainingConfig(report_to="trackio"))
+    accelerator = Accelerator(cpu=True, log_with=launch.trackers(kind.name), project_dir=str(tmp_path))
+    config = AutoencoderTraining(str(tmp_path / "run"), training=TrainingConfig(report_to=kind.name))
     run = launch.open_run(accelerator, config, Launch("auto", False, False))
-    told = TrainingLog(accelerator, run.folder, 0, 1, 1, quiet=True)
-    told.write(1, {"loss": 0.5})
-    launch.tracker_image(accelerator, "samples", Image.new("RGB", (4, 4)), 1)
-    assert Notebook.rows == [(1, {"loss": 0.5})] and Notebook.images == ["samples"]
-    assert accelerator.trackers[0].run_name == "ldm" and Notebook.settings["training.train_batch_size"] == 16
+    yield TrainingLog(accelerator, run.folder, 0, 1, 1, quiet=True), run.folder
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_tracker_of_accelerate_gets_the_rows_and_the_pictures_that_it_takes(
+    told: tuple[TrainingLog, Path],
+) -> None:
+    written, folder = told
+    written.write(1, {"loss": 0.5})
+    written.show("samples", Image.new("RGB", (4, 4)), folder / "x.png", 1)
+    tracker = written.accelerator.trackers[0]
+    assert isinstance(tracker, Notebook) and tracker.rows == [(1, {"loss": 0.5})]
+    assert tracker.images == ([] if isinstance(tracker, Ledger) else ["samples"]) and (folder / "x.png").is_file()
+    assert tracker.run_name == "ldm" and tracker.settings["training.train_batch_size"] == 16
+
+
+def test_a_disk_that_fails_costs_rows_and_pictures_and_no_more(
+    told: tuple[TrainingLog, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, folder = told
+    said: list[str] = []
+    monkeypatch.setattr(written, "say", said.append)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(written, "path", Path("/dev/full"))
+        patched.setattr(Notebook, "log", full)
+        written.write(1, {"loss": 0.5})
+        patched.setattr(Image.Image, "save", full)
+        written.show("samples", Image.new("RGB", (4, 4)), folder / "x.png", 1)
+    assert [line.split(" could")[0] for line in said] == [
+        "step 1: warning: a row of metrics",
+        "step 1: warning: what the trackers were given",
+        "step 1: warning: x.png",
+    ]
+    assert all("No space left on device" in line and "training goes on" in line for line in said)
+    written.write(2, {"loss": 0.25})
+    assert json.loads((folder / "metrics.jsonl").read_text()) == {"step": 2, "loss": 0.25} and len(said) == 3
