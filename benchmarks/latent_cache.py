@@ -4,8 +4,9 @@
     python benchmarks/latent_cache.py read [--entries 1000000]
 
 `write` encodes built-in shapes at 64 px with the bundled autoencoder. `read` makes a cache of random latents, 8 x 8 x 8
-and so one kilobyte each, opens it cold, draws a first batch, and then training batches of 32 beside training steps of a
-small U-Net. Memory is Linux's; what is written goes to a temporary folder and is deleted.
+and so one kilobyte each, opens it cold, draws a first batch, then every entry once in training batches of 32, and sets
+the time of a batch beside that of a training step of a small U-Net. Memory is Linux's; what is written goes to a
+temporary folder and is deleted. Ends with 1 if memory or opening time is over its limit, or reading over its share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +38,8 @@ from ldm.pretrained import BUNDLED, read_vae
 from ldm.training.encoding import encoder
 
 MIB = 2**20
+WRITE_MIB, READ_MIB, OPEN_SECONDS, READ_SHARE = 1536, 500, 2.0, 0.03
+"""Limits of `write` above the model's memory, and of `read`: memory, opening, and its part of a training step."""
 SHARD = 8192
 SETTINGS = CacheSettings("synthetic", "synthetic", 32, True, False, "none", "float16")
 
@@ -45,17 +49,14 @@ def main() -> None:
     parser.add_argument("part", choices=("write", "read"))
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--entries", type=int, default=1_000_000)
-    parser.add_argument("--batches", type=int, default=4_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.part == "write":
-            written(Path(folder), args.pictures)
-        else:
-            read(Path(folder), args.entries, args.batches)
+        good = written(Path(folder), args.pictures) if args.part == "write" else read(Path(folder), args.entries)
+    sys.exit(0 if good else 1)
 
 
-def written(folder: Path, count: int) -> None:
-    """Peak memory above what the model needs for one batch."""
+def written(folder: Path, count: int) -> bool:
+    """Prints the peak memory above what the model needs for one batch; whether it is within its limit."""
     encode, source = encoder(read_vae(BUNDLED), 16), open_source("shapes", "train", 64, max_samples=count)
     encode(torch.zeros(16, 3, 64, 64))
     before = reset_peak()
@@ -65,16 +66,19 @@ def written(folder: Path, count: int) -> None:
     seconds = time.process_time() - started
     size = sum(path.stat().st_size for path in folder.iterdir()) / MIB
     print(f"{count} pictures: {seconds:.0f} s of processor time, {size:.0f} MiB on disk")
-    print(f"peak memory {(memory('VmHWM') - before) / MIB:.0f} MiB above the model's")
+    peak = (memory("VmHWM") - before) / MIB
+    print(f"peak memory {peak:.0f} MiB above the model's")
+    return peak < WRITE_MIB
 
 
-def read(folder: Path, entries: int, batches: int) -> None:
-    """Opening time, and memory and time of drawing batches."""
+def read(folder: Path, entries: int) -> bool:
+    """Prints opening time, and memory and time of drawing every entry once; whether all are within their limits."""
     synthetic(folder, entries)
     for path in folder.glob("*.safetensors"):
         evict(path)
     before, started = memory("VmRSS"), time.perf_counter()
     cache = LatentCache(folder, SETTINGS)
+    batches = len(cache) // 32
     drawn = latent_batches(cache, BatchPlan(32), 0, 0, batches)
     next(drawn)
     opened = time.perf_counter() - started
@@ -90,6 +94,7 @@ def read(folder: Path, entries: int, batches: int) -> None:
         f"{32 * batches} entries read: peak memory {peak:.0f} MiB above the start, {1e3 * reading:.2f} ms a batch of 32"
     )
     print(f"a step of a {parameters() / 1e6:.1f} M U-Net takes {1e3 * step:.0f} ms: reading adds {reading / step:.2%}")
+    return opened < OPEN_SECONDS and peak < READ_MIB and reading < READ_SHARE * step
 
 
 def synthetic(folder: Path, entries: int) -> None:
