@@ -308,6 +308,11 @@ REFUSED = {
         {**INVERSION, "prior_preservation": {"class_prompts": ["x"], "target": "model"}},
         "`prior_preservation.target` is model with `adapter.type` textual_inversion",
     ),
+    "teacher without a class": ({"prior_preservation": {"target": "model"}}, "there are no class pictures"),
+    "revision of nothing": (
+        {"pretrained": None, "autoencoder": "vae", "revision": "main"},
+        "`revision` is 'main' without `pretrained`",
+    ),
     "odd batch": (
         {"training": {"train_batch_size": 3}, "prior_preservation": {"class_prompts": ["x"]}},
         "`training.train_batch_size` is 3",

@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     p = argparse.ArgumentParser(prog="ldm-evaluate", description="Measure a model.", allow_abbrev=False)
     p.add_argument("--model", default=None, help="model folder, vae folder or hub id (default: the bundled model)")
+    p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
     p.add_argument("--suite", choices=("generation", "reconstruction", "shapes"), required=True)
     p.add_argument("--num-samples", type=int, default=500, help="pictures, of each split in the shapes suite")
     p.add_argument("--seed", type=int, default=0)
@@ -124,7 +126,9 @@ def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     from ldm.evaluation.shapes import SPLITS, evaluate_shapes
     from ldm.pipeline import TextToImage
 
-    pipe = TextToImage.from_pretrained(args.model, usable_device(args.device))
+    pipe = TextToImage.from_pretrained(
+        args.model, usable_device(args.device), revision=args.revision, variant=args.variant
+    )
     steps, scale = _single("--steps", args.steps), _single("--guidance-scale", args.guidance_scale)
     wanted = {"steps": steps, "guidance_scale": scale, "sampler": args.sampler}
     with tqdm(total=args.num_samples * len(SPLITS), unit="image") as bar:
@@ -133,6 +137,7 @@ def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
         )
     settings = {
         "model": args.model or "bundled",
+        "revision": args.revision,
         "steps": pipe.setting("num_inference_steps", steps),
         "guidance_scale": pipe.setting("guidance_scale", scale),
         "sampler": pipe.setting("sampler", args.sampler),
@@ -155,7 +160,8 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     device = usable_device(args.device)
     perceptual = _judge("--perceptual", perceptual_distance, args.perceptual, args.perceptual_weights, device)
     features = _judge("--features", feature_net, args.features, args.features_weights, device)
-    vae = read_vae(resolve(args.model or BUNDLED)).to(device)
+    folder = resolve(args.model or BUNDLED, args.revision, args.variant)
+    vae = read_vae(folder, args.variant).to(device)
     resolution = vae.config.sample_size if args.resolution is None else args.resolution
     if resolution < 1 or resolution % vae.downsample_factor:
         raise ValueError(f"--resolution is {resolution}; it must be a positive multiple of {vae.downsample_factor}")
@@ -167,6 +173,7 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     _warn(count, pictures.skipped, features)
     settings = {
         "model": args.model or "bundled",
+        "revision": args.revision,
         "data": source.name,
         "resolution": resolution,
         "perceptual": args.perceptual,

@@ -43,7 +43,7 @@ class GenerationSuite:
         self.share, device = process_share(args.device == "cpu")
         self.device = device if self.share.size > 1 else usable_device(args.device)
         self.judges = judges(args).to(self.device)
-        self.pipe = TextToImage.from_pretrained(args.model, self.device)
+        self.pipe = TextToImage.from_pretrained(args.model, self.device, revision=args.revision, variant=args.variant)
         side = self.pipe.default_size if args.resolution is None else args.resolution
         self.fixed: Setting = {"sampler": args.sampler, "height": side, "width": side}
         self.side, self.settings = side, self._settings()
@@ -159,6 +159,7 @@ class GenerationSuite:
             )
         return {
             "model": args.model or "bundled",
+            "revision": args.revision,
             "data": args.data,
             "split": args.split,
             "caption_column": args.caption_column,

@@ -132,12 +132,15 @@ class LatentCacheConfig:
 class LdmTraining:
     """Everything `train_ldm.py` needs. `autoencoder` is a model folder, a `vae/` folder or a hub id.
 
-    `pretrained`, a model folder, single file or hub id, brings autoencoder, text encoder, U-Net and process with it.
+    `pretrained`, a model folder, single file or hub id, brings autoencoder, text encoder, U-Net and process with it;
+    `revision` is a branch, tag or commit of that hub id, `variant` which of its weight files are read, such as fp16.
     """
 
     output_dir: str
     autoencoder: str | None = None
     pretrained: str | None = None
+    revision: str | None = None
+    variant: str | None = None
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     latents: LatentCacheConfig = field(default_factory=LatentCacheConfig)
@@ -179,6 +182,11 @@ class LdmTraining:
             f"`autoencoder` is {self.autoencoder!r} and `pretrained` {self.pretrained!r}; one of the two must name a "
             "model, for a training from scratch or from that model",
         )
+        for name in ("revision", "variant"):
+            require(
+                self.pretrained is not None or getattr(self, name) is None,
+                f"`{name}` is {getattr(self, name)!r} without `pretrained`, whose it would be",
+            )
         require(
             self.pretrained is not None or isinstance(self.adapter, NoAdapter),
             "`adapter` is given without `pretrained`; it needs a model to adapt",
@@ -191,7 +199,13 @@ class LdmTraining:
             isinstance(self.adapter, LoraConfig | NoAdapter) or not self.latents.cache_text,
             "`latents.cache_text` is true, but `adapter` learns a token of the text encoder; it must be false",
         )
-        if self.prior_preservation.wanted:
+        prior = self.prior_preservation
+        require(
+            prior.wanted or prior.target == "picture",
+            "`prior_preservation.target` is model, but there are no class pictures; give `class_prompts`, "
+            "`class_prompts_file` or `class_source`",
+        )
+        if prior.wanted:
             self._check_prior()
 
     def _check_prior(self) -> None:

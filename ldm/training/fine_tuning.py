@@ -29,7 +29,7 @@ from ldm.config import (
 from ldm.data.sources import Columns, Source, open_source
 from ldm.networks import UNetConfig
 from ldm.pipeline import TextToImage
-from ldm.pretrained import Model, read_model, resolve
+from ldm.pretrained import Model, read_model
 from ldm.process import DiffusionConfig
 from ldm.seeds import generator
 from ldm.tasks.text_to_image import ConditionedUNet
@@ -48,7 +48,7 @@ def starting_model(config: LdmTraining) -> tuple[LdmTraining, Model | None]:
     if config.pretrained is None:
         return config, None
     try:
-        model = read_model(resolve(config.pretrained))
+        model = read_model(config.pretrained, config.revision, config.variant)
     except ValueError as error:
         raise ConfigError(f"`pretrained`: {error}") from error
     if model.unet.config.in_channels != model.vae.latent_channels:
@@ -142,7 +142,7 @@ def class_images(config: LdmTraining, model: Model, folder: Path, accelerator: A
         return open_source(prior.class_source, "train", data.resolution, columns, count)
     given = prior.class_prompts if prior.class_prompts_file is None else _lines(Path(prior.class_prompts_file))
     prompts = [given[i % len(given)] for i in range(count)]
-    origin = {"model": config.pretrained, "seed": config.seed, "prompts": prompts}
+    origin = {"model": config.pretrained, "revision": config.revision, "seed": config.seed, "prompts": prompts}
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             _draw_class_images(TextToImage(model, accelerator.device, torch.float32), origin, folder, prior.batch_size)
