@@ -1,10 +1,10 @@
-"""What `ldm-convert --check` says of U-Nets for ComfyUI, beside what a checkout of ComfyUI makes of their files.
+"""What `ldm-convert --check` says of networks for ComfyUI, beside what a checkout of ComfyUI makes of their files.
 
     python benchmarks/comfyui_detection.py --comfyui ~/ComfyUI
 
 ComfyUI is asked for the family that it sees in names and shapes, and builds the network that it would load. The file
-opens where that is the right family and every tensor and number of heads is the file's. Towers, autoencoder and noise
-schedule are the published ones throughout. No weights are made. Packages that ComfyUI requires and this environment
+opens where that is the right family and every tensor and number of heads is the file's. Towers and noise schedule are
+the published ones throughout. No weights are made. Packages that ComfyUI requires and this environment
 lacks are replaced by empty ones, since nothing is computed. Ends with code 1 where the two differ.
 """
 
@@ -24,8 +24,10 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor, nn
 
+from autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.interop.compatibility import Description, Verdict, verdicts
 from ldm.interop.families import SD1_UNET, SD2_UNET, SD_VAE, SDXL_UNET, TOWERS
+from ldm.interop.layout import vae_to_original
 from ldm.interop.names import renamed, unet_names
 from ldm.networks import UNet, UNetConfig
 from ldm.process import DiffusionConfig
@@ -35,7 +37,8 @@ V_BIAS = f"{PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 """Read by ComfyUI, which guesses v-prediction from it, so it needs values."""
 CLASSES = {"sd1": ("SD15",), "sd2": ("SD20",), "sdxl": ("SDXL", "SSD1B", "Segmind_Vega", "KOALA_700M", "KOALA_1B")}
 """ComfyUI's classes for the plain and the inpainting models of a layout."""
-Find = Callable[[UNetConfig, str], str]
+FindUNet = Callable[[UNetConfig, str], str]
+FindVae = Callable[[AutoencoderConfig], str]
 
 
 def levels(base: UNetConfig, *widths: int, attends: str | None = None, **changes: Any) -> UNetConfig:
@@ -110,45 +113,64 @@ ARCHITECTURES: dict[str, tuple[str, UNetConfig]] = {
 }  # fmt: skip
 
 
+F4: dict[str, Any] = {"block_out_channels": (128, 256, 512), "down_block_types": (), "up_block_types": ()}
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "autoencoder of SD": SD_VAE,
+    "autoencoder f4": replace(SD_VAE, **F4),
+    "autoencoder f4, half the widths": replace(SD_VAE, **{**F4, "block_out_channels": (64, 128, 256)}),
+    "autoencoder f16": replace(SD_VAE, **{**F4, "block_out_channels": (128, 256, 512, 512, 512)}),
+    "autoencoder, half the widths": replace(SD_VAE, block_out_channels=(64, 128, 256, 256)),
+    "autoencoder, one block": replace(SD_VAE, layers_per_block=1),
+    "autoencoder, no 1x1 convolutions": replace(SD_VAE, use_quant_conv=False, use_post_quant_conv=False),
+    "autoencoder, one 1x1 convolution": replace(SD_VAE, use_quant_conv=False),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
     args = parser.parse_args()
     if not (args.comfyui / "comfy" / "model_detection.py").is_file():
         parser.error(f"{args.comfyui} is no ComfyUI checkout: it has no comfy/model_detection.py")
-    find, differing = comfyui(args.comfyui), 0
-    for name, (layout, unet) in ARCHITECTURES.items():
-        said, found = check(layout, unet), find(unet, layout)
-        differs = said.opens is bool(found)
-        differing += differs
-        print(f"{'DIFFERENT ' if differs else ''}{name}")
-        print(f"    --check  {'yes' if said.opens else f'no: {said.reasons[0]}'}")
-        print(f"    ComfyUI  {f'no: {found}' if found else 'yes'}")
-    print(f"{len(ARCHITECTURES) - differing} of {len(ARCHITECTURES)} agree")
-    sys.exit(differing > 0)
+    find_unet, find_vae = comfyui(args.comfyui)
+    agree = [
+        shown(name, check(layout, unet), find_unet(unet, layout)) for name, (layout, unet) in ARCHITECTURES.items()
+    ]
+    agree += [shown(name, check("sd1", SD1_UNET, vae), find_vae(vae)) for name, vae in AUTOENCODERS.items()]
+    print(f"{sum(agree)} of {len(agree)} agree")
+    sys.exit(not all(agree))
 
 
-def check(layout: str, unet: UNetConfig) -> Verdict:
-    """What `ldm-convert --check` says of this U-Net among the published parts of its layout."""
+def shown(name: str, said: Verdict, found: str) -> bool:
+    """Prints what both say; whether they agree."""
+    agree = said.opens is not bool(found)
+    print(f"{'' if agree else 'DIFFERENT '}{name}")
+    print(f"    --check  {'yes' if said.opens else f'no: {said.reasons[0]}'}")
+    print(f"    ComfyUI  {f'no: {found}' if found else 'yes'}")
+    return agree
+
+
+def check(layout: str, unet: UNetConfig, vae: AutoencoderConfig = SD_VAE) -> Verdict:
+    """What `ldm-convert --check` says of this U-Net, or autoencoder, among the published parts of its layout."""
     pipeline = f"StableDiffusion{'XL' if layout == 'sdxl' else ''}{'Inpaint' if unet.in_channels == 9 else ''}Pipeline"
     texts = {name: tower.to_dict() for name, tower in TOWERS[layout].items()}
-    described = Description("single file", pipeline, unet, SD_VAE, texts, DiffusionConfig(), clip_vocabulary=True)
+    described = Description("single file", pipeline, unet, vae, texts, DiffusionConfig(), clip_vocabulary=True)
     return next(verdict for verdict in verdicts(described) if verdict.tool == "ComfyUI")
 
 
-def comfyui(checkout: Path) -> Find:
-    """A function that says why ComfyUI would not open the file of a U-Net, or ""."""
+def comfyui(checkout: Path) -> tuple[FindUNet, FindVae]:
+    """Functions that say why ComfyUI would not open a file with this U-Net, or autoencoder, or ""."""
     replace_missing(checkout / "requirements.txt")
     sys.path.insert(0, str(checkout))
     sys.argv = [sys.argv[0], "--cpu"]
     from comfy import options
 
     options.enable_args_parsing()
-    from comfy import model_base, model_detection, ops
+    from comfy import model_base, model_detection, ops, sd
 
     logging.disable(logging.ERROR)
 
-    def find(unet: UNetConfig, layout: str) -> str:
+    def find_unet(unet: UNetConfig, layout: str) -> str:
         with torch.device("meta"):
             ours = UNet(unet)
         state = {f"{PREFIX}{key}": value for key, value in renamed(ours.state_dict(), unet_names(unet)).items()}
@@ -166,7 +188,16 @@ def comfyui(checkout: Path) -> Find:
         theirs = model_base.UNetModel(**known.unet_config, device="meta", operations=ops.disable_weight_init)
         return unlike(state, theirs) or other_heads(ours, theirs)
 
-    return find
+    def find_vae(vae: AutoencoderConfig) -> str:
+        with torch.device("meta"):
+            shapes = AutoencoderKL(vae).state_dict()
+        state = {key: torch.zeros(value.shape) for key, value in vae_to_original(shapes, vae).items()}
+        try:
+            return unlike(state, sd.VAE(sd=dict(state)).first_stage_model)
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:90]
+
+    return find_unet, find_vae
 
 
 def replace_missing(requirements: Path) -> None:

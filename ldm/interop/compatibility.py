@@ -12,7 +12,17 @@ from typing import Any
 
 from autoencoder import AutoencoderConfig
 from conditioning import ClipTextConfig
-from ldm.interop.families import SCALES, SDXL_UNET, TOWERS, is_process, is_tower, is_unet, is_vae, layout_of
+from ldm.interop.families import (
+    SCALES,
+    SDXL_UNET,
+    TOWERS,
+    UPSCALER_VAE,
+    is_process,
+    is_tower,
+    is_unet,
+    is_vae,
+    layout_of,
+)
 from ldm.interop.names import unet_names
 from ldm.interop.webui import webui_config
 from ldm.networks.config import Level, UNetConfig
@@ -144,7 +154,7 @@ def _comfyui(model: Description) -> Verdict:
         *_original(model),
         *_comfy_unet(model),
         *_towers(model),
-        *_vae(model),
+        *_comfy_vae(model),
     ]
     predicts_v = model.diffusion.prediction_type == "v_prediction"
     guesses = model.layout == "sd2" and model.unet.in_channels == 4 and _attends_in_block_11(model.unet)
@@ -154,6 +164,7 @@ def _comfyui(model: Description) -> Verdict:
                 not predicts_v or guesses or model.layout == "sdxl",
                 "set v_prediction with the node ModelSamplingDiscrete",
             ),
+            (model.vae.downsample_factor == 8, "its node EmptyLatentImage gives pictures of half the side asked for"),
             (not guesses, "it guesses v-prediction from the spread of a bias, which may fail on a young model"),
         ]
     )
@@ -238,14 +249,25 @@ def _is_known(config: Mapping[str, Any], known: ClipTextConfig) -> bool:
         return False
 
 
+def _comfy_vae(model: Description) -> Checks:
+    """It also knows the upscaler's autoencoder, and does without the convolutions around the latents."""
+    vae, plain = model.vae, not (model.vae.use_quant_conv or model.vae.use_post_quant_conv)
+    whole = replace(vae, use_quant_conv=True, use_post_quant_conv=True) if plain else vae
+    known = is_vae(whole) or is_vae(whole, UPSCALER_VAE)
+    wanted = "(128; 1-2-4-4; two blocks; 4 channels) nor its upscaler's (1-2-4)"
+    return [(known, f"its autoencoder is neither Stable Diffusion's {wanted}"), _latent_scale(model)]
+
+
 def _vae(model: Description) -> Checks:
-    scale, vae = SCALES[model.layout], model.vae
+    wanted = "(128; 1-2-4-4; two blocks; 4 channels)"
+    return [(is_vae(model.vae), f"its autoencoder is not Stable Diffusion's {wanted}"), _latent_scale(model)]
+
+
+def _latent_scale(model: Description) -> tuple[bool, str]:
+    vae = model.vae
     foldable = vae.use_quant_conv and vae.use_post_quant_conv
-    exact = vae.scaling_factor == scale and not vae.shift_factor
-    return [
-        (is_vae(vae), "its autoencoder is not Stable Diffusion's (128; 1-2-4-4; two blocks; 4 channels)"),
-        (foldable or exact, f"its latent scale is {vae.scaling_factor}, and there is no convolution to fold it into"),
-    ]
+    exact = vae.scaling_factor == SCALES[model.layout] and not vae.shift_factor
+    return foldable or exact, f"its latent scale is {vae.scaling_factor}, and there is no convolution to fold it into"
 
 
 # --- AUTOMATIC1111: the published models, and through the yaml whatever the original code can say

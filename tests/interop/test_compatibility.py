@@ -92,7 +92,17 @@ ARCHITECTURES: dict[str, tuple[Description, str]] = {
         "yes no no no",
     ),
     "own vocabulary": (model(clip_vocabulary=False), "yes no no yes"),
-    "f4 autoencoder": (model(vae=F4), "yes no no yes"),
+    "f4 autoencoder": (model(vae=F4), "yes yes no yes"),
+    "narrow f4 autoencoder": (model(vae=replace(F4, block_out_channels=(64, 128, 256))), "yes no no yes"),
+    "f16 autoencoder": (
+        model(vae=replace(F4, block_out_channels=(128, 256, 512, 512, 512), down_block_types=(), up_block_types=())),
+        "yes no no yes",
+    ),
+    "no 1x1 convolutions, the family's scale": (
+        model(vae=replace(SD_VAE, use_quant_conv=False, use_post_quant_conv=False)),
+        "yes yes no yes",
+    ),
+    "one 1x1 convolution": (model(vae=replace(SD_VAE, use_quant_conv=False)), "yes no no yes"),
     "8 latent channels": (
         model(replace(SD1_UNET, in_channels=8, out_channels=8), replace(SD_VAE, latent_channels=8)),
         "yes no no no",
@@ -162,9 +172,10 @@ def test_a_damaged_model_opens_nowhere_and_every_line_says_why() -> None:
         (model(replace(SD2_UNET, in_channels=9), texts=H, diffusion=V), "set v_prediction"),
         (model(SD2_SHORT, texts=H), None),
         (model(SDXL_UNET, texts=XL, diffusion=V), None),
+        (model(vae=F4), "its node EmptyLatentImage gives pictures of half the side"),
     ],
 )
-def test_comfyui_is_told_of_v_prediction_where_it_cannot_see_it(described: Description, expected: str | None) -> None:
+def test_what_to_know_of_a_model_that_comfyui_opens(described: Description, expected: str | None) -> None:
     notes = verdicts(described)[1].notes
     assert notes == () if expected is None else notes[0].startswith(expected) and len(notes) == 1
 
