@@ -27,6 +27,7 @@ from ldm.interop.infer import (
     infer_unet_config,
     infer_vae_config,
     penultimate,
+    time_ids_width,
 )
 from ldm.interop.layout import LAYOUTS
 from ldm.interop.networks import build_vae, explained, parsed
@@ -242,8 +243,9 @@ def stored_configs(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | 
 
 def _inferred_configs(shapes: Shapes, layout: str, path: Path) -> dict[str, Any]:
     inside = {name: _inside(shapes, place.prefix) for name, place in LAYOUTS[layout].items()}
+    unet = explained(path, infer_unet_config, inside["unet"], layout)
     parts: dict[str, Any] = {
-        "unet": explained(path, infer_unet_config, inside["unet"], layout).to_dict(),
+        "unet": unet.to_dict(),
         "vae": explained(path, infer_vae_config, inside["vae"], layout).to_dict(),
     }
     if layout == "sd2":
@@ -254,6 +256,8 @@ def _inferred_configs(shapes: Shapes, layout: str, path: Path) -> dict[str, Any]
         parts["text_encoder"] = explained(path, infer_clip_config, inside["text_encoder"])
     if layout == "sdxl":
         parts["text_encoder_2"] = explained(path, infer_open_clip_config, inside["text_encoder_2"])
+        pooled = parts["text_encoder_2"]["projection_dim"]
+        parts["unet"]["addition_time_embed_dim"] = explained(path, time_ids_width, unet, pooled)
     return {"parts": parts, "scheduler": {}, "tokenizers": {}, "settings": {}, "card": ""}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,3 +112,54 @@ def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory, save_t5_tokenizer: 
         T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
     save_t5_tokenizer(folder)
     return folder
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Interrupts what computes for longer, or what waits for ten times as long."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, 10 * seconds))
+    before = [signal.signal(number, late) for _, number, _ in timers]
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
+    try:
+        yield
+    finally:
+        for timer, _, _ in timers:
+            signal.setitimer(timer, 0)
+        for (_, number, _), handler in zip(timers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def peak_memory() -> int:
+    """The largest resident memory since the last reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@contextmanager
+def without_growing(memory: float) -> Iterator[None]:
+    """Fails what at any moment holds so many bytes more than at its start. Linux alone tells, and forgets, the peak."""
+    if sys.platform != "linux":
+        yield
+        return
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    yield
+    grown = peak_memory() - before
+    assert grown < memory, f"held {grown / 1e6:.0f} MB more than at the start"
+
+
+@pytest.fixture(scope="session")
+def limit_time() -> Callable[[float], AbstractContextManager[None]]:
+    """`with limit_time(seconds):` around what must not hang."""
+    return within
+
+
+@pytest.fixture(scope="session")
+def limit_memory() -> Callable[[float], AbstractContextManager[None]]:
+    """`with limit_memory(bytes):` around what must not need much memory, even for a moment."""
+    return without_growing

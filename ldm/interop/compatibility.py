@@ -12,15 +12,26 @@ from typing import Any
 
 from autoencoder import AutoencoderConfig
 from conditioning import ClipTextConfig
-from ldm.interop.families import SCALES, TOWERS, is_process, is_tower, is_unet, is_vae, layout_of
+from ldm.interop.families import (
+    SCALES,
+    SDXL_UNET,
+    TOWERS,
+    UPSCALER_VAE,
+    is_process,
+    is_tower,
+    is_unet,
+    is_vae,
+    layout_of,
+)
 from ldm.interop.names import unet_names
 from ldm.interop.webui import webui_config
-from ldm.networks.config import UNetConfig
+from ldm.networks.config import Level, UNetConfig
 from ldm.process import DiffusionConfig
 
 CONTEXTS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
-SDXL_DEPTHS = ((1, 2, 10), (1, 2, 4), (1, 1, 2))
-"""Transformer layers a level of SDXL and of the two distilled models that ComfyUI also knows by them."""
+SDXL_DEPTHS = ((0, 0, 2, 2, 10, 10), (0, 0, 2, 2, 4, 4), (0, 0, 1, 1, 2, 2), (0, 2, 5), (0, 2, 6))
+"""Transformer layers after each residual block on the way down, of SDXL and of the models distilled from it."""
+SDXL_ADDED = (SDXL_UNET.projection_class_embeddings_input_dim, SDXL_UNET.addition_time_embed_dim)
 INVOKE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
@@ -91,7 +102,7 @@ def _failed(checks: Checks) -> tuple[str, ...]:
 
 def _diffusers(model: Description) -> Verdict:
     unet, vae = model.unet, model.vae
-    latents, inpaints = vae.latent_channels, "Inpaint" in model.pipeline
+    latents, inpaints, read = vae.latent_channels, "Inpaint" in model.pipeline, _text_width(unet)
     double = "text_encoder_2" in model.texts
     wanted = (latents, 2 * latents + 1) if inpaints else (latents,)
     checks = [
@@ -104,7 +115,7 @@ def _diffusers(model: Description) -> Verdict:
             unet.out_channels == latents,
             f"the U-Net gives {unet.out_channels} channels, the autoencoder takes {latents}",
         ),
-        (_context(unet) == model.context, f"the U-Net reads text of width {_context(unet)}, not {model.context}"),
+        (read == str(model.context), f"the U-Net reads text of width {read}, not {model.context}"),
         (double or unet.addition_embed_type is None, "the U-Net wants sizes and pooled text, which one encoder lacks"),
         (not double or unet.addition_embed_type == "text_time", "the U-Net does not take the second encoder's vector"),
         (unet.class_embed_type is None and not unet.num_class_embeds, "no text-to-image pipeline gives class labels"),
@@ -124,8 +135,14 @@ def _whole(model: Description) -> Checks:
     return [(model.damage is None, model.damage or "")]
 
 
-def _context(unet: UNetConfig) -> int:
-    return next((level.context_dim for level in (*unet.down_levels(), unet.mid_level()) if level.depth), 0)
+def _attending(unet: UNetConfig) -> list[Level]:
+    """The levels with transformers, on the way down and in the middle; the way up has the same widths and heads."""
+    return [level for level in (*unet.down_levels(), unet.mid_level()) if level.depth]
+
+
+def _text_width(unet: UNetConfig) -> str:
+    """Of the text that the transformers read: one number, unless the levels differ or there are none."""
+    return " and ".join(map(str, sorted({level.context_dim for level in _attending(unet)}))) or "0"
 
 
 # --- ComfyUI: the family is known by widths, the rest is taken for granted
@@ -135,18 +152,20 @@ def _comfyui(model: Description) -> Verdict:
     checks = [
         *_whole(model),
         *_original(model),
-        *(_comfy_sdxl(model) if model.layout == "sdxl" else _comfy_sd(model)),
+        *_comfy_unet(model),
         *_towers(model),
-        *_vae(model),
+        *_comfy_vae(model),
     ]
-    v_prediction = model.diffusion.prediction_type == "v_prediction"
+    predicts_v = model.diffusion.prediction_type == "v_prediction"
+    guesses = model.layout == "sd2" and model.unet.in_channels == 4 and _attends_in_block_11(model.unet)
     notes = _failed(
         [
-            (not v_prediction or model.layout != "sd1", "set v_prediction with the node ModelSamplingDiscrete"),
             (
-                model.layout != "sd2",
-                "it guesses v-prediction from the spread of a bias, which may fail on a young model",
+                not predicts_v or guesses or model.layout == "sdxl",
+                "set v_prediction with the node ModelSamplingDiscrete",
             ),
+            (model.vae.downsample_factor == 8, "its node EmptyLatentImage gives pictures of half the side asked for"),
+            (not guesses, "it guesses v-prediction from the spread of a bias, which may fail on a young model"),
         ]
     )
     return Verdict("ComfyUI", "single file", _failed(checks), notes)
@@ -170,38 +189,46 @@ def _original(model: Description) -> Checks:
     ]
 
 
-def _comfy_sd(model: Description) -> Checks:
+def _comfy_unet(model: Description) -> Checks:
+    """It sees the first width, the context, the kind of projection, the added input and, of SDXL, the depths."""
     unet, layout = model.unet, model.layout
-    first, linear = unet.block_out_channels[0], layout == "sd2"
-    heads = [level.heads for level in unet.down_levels()]
-    wanted = [width // 64 for width in unet.block_out_channels] if linear else [8] * len(heads)
-    return [
+    first, linear = unet.block_out_channels[0], layout != "sd1"
+    attending, read = _attending(unet), _text_width(unet)
+    heads = [level.heads for level in attending]
+    wanted = [level.channels // 64 if linear else 8 for level in attending]
+    betas = model.diffusion
+    if layout == "sdxl":  # its files have a mark for a schedule that ends at zero signal
+        betas = replace(betas, rescale_betas_zero_snr=False)
+    checks = [
         (first == 320, f"the U-Net's first width is {first}, not 320"),
         (not any(width % 320 for width in unet.block_out_channels), "its widths are not multiples of 320"),
-        (_context(unet) == CONTEXTS[layout], f"it reads text of width {_context(unet)}, not {CONTEXTS[layout]}"),
+        (any(level.depth for level in unet.down_levels()), "no level on its way down has a transformer"),
+        (read == str(CONTEXTS[layout]), f"it reads text of width {read}, not {CONTEXTS[layout]}"),
         (unet.use_linear_projection is linear, f"its projections are {'convolutions' if linear else 'linear'}"),
         (heads == wanted, f"its heads are {heads}, not {wanted}"),
-        (unet.addition_embed_type is None, "it takes sizes and pooled text"),
         (unet.in_channels in (4, 9), f"it takes {unet.in_channels} channels, not 4 or 9"),
         (unet.resnet_time_scale_shift == "default", "its timestep scales and shifts"),
-        (is_process(model.diffusion), "its noise schedule is not Stable Diffusion's"),
-        (not linear or unet.in_channels != 4 or _attends_in_block_11(unet), "its 12th output block has no transformer"),
+        (is_process(betas), "its noise schedule is not Stable Diffusion's"),
+    ]
+    return [*checks, *(_comfy_sdxl(unet) if layout == "sdxl" else _comfy_sd(unet))]
+
+
+def _comfy_sd(unet: UNetConfig) -> Checks:
+    return [(unet.addition_embed_type is None, "it takes sizes and pooled text")]
+
+
+def _comfy_sdxl(unet: UNetConfig) -> Checks:
+    depths = tuple(level.depth for level in unet.down_levels() for _ in range(level.layers))
+    added = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim
+    return [
+        (depths in SDXL_DEPTHS, f"its blocks have {depths} transformer layers, as none of the SDXL models it knows"),
+        (added == SDXL_ADDED, f"its added input and each size number in it are {added} wide, not {SDXL_ADDED}"),
     ]
 
 
 def _attends_in_block_11(unet: UNetConfig) -> bool:
     depths = [level.depth for level in unet.up_levels() for _ in range(level.layers + 1)]
     return len(depths) > 11 and depths[11] > 0
-
-
-def _comfy_sdxl(model: Description) -> Checks:
-    unet, betas = model.unet, replace(model.diffusion, rescale_betas_zero_snr=False)  # for that the file has a mark
-    known = unet.transformer_layers_per_block in SDXL_DEPTHS
-    published = replace(unet, transformer_layers_per_block=SDXL_DEPTHS[0]) if known else unet
-    return [
-        (is_unet(published, "sdxl"), "it has two text encoders, but its U-Net is not SDXL's"),
-        (is_process(betas), "its noise schedule is not Stable Diffusion's"),
-    ]
 
 
 def _towers(model: Description) -> Checks:
@@ -222,14 +249,25 @@ def _is_known(config: Mapping[str, Any], known: ClipTextConfig) -> bool:
         return False
 
 
+def _comfy_vae(model: Description) -> Checks:
+    """It also knows the upscaler's autoencoder, and does without the convolutions around the latents."""
+    vae, plain = model.vae, not (model.vae.use_quant_conv or model.vae.use_post_quant_conv)
+    whole = replace(vae, use_quant_conv=True, use_post_quant_conv=True) if plain else vae
+    known = is_vae(whole) or is_vae(whole, UPSCALER_VAE)
+    wanted = "(128; 1-2-4-4; two blocks; 4 channels) nor its upscaler's (1-2-4)"
+    return [(known, f"its autoencoder is neither Stable Diffusion's {wanted}"), _latent_scale(model)]
+
+
 def _vae(model: Description) -> Checks:
-    scale, vae = SCALES[model.layout], model.vae
+    wanted = "(128; 1-2-4-4; two blocks; 4 channels)"
+    return [(is_vae(model.vae), f"its autoencoder is not Stable Diffusion's {wanted}"), _latent_scale(model)]
+
+
+def _latent_scale(model: Description) -> tuple[bool, str]:
+    vae = model.vae
     foldable = vae.use_quant_conv and vae.use_post_quant_conv
-    exact = vae.scaling_factor == scale and not vae.shift_factor
-    return [
-        (is_vae(vae), "its autoencoder is not Stable Diffusion's (128; 1-2-4-4; two blocks; 4 channels)"),
-        (foldable or exact, f"its latent scale is {vae.scaling_factor}, and there is no convolution to fold it into"),
-    ]
+    exact = vae.scaling_factor == SCALES[model.layout] and not vae.shift_factor
+    return foldable or exact, f"its latent scale is {vae.scaling_factor}, and there is no convolution to fold it into"
 
 
 # --- AUTOMATIC1111: the published models, and through the yaml whatever the original code can say
@@ -241,6 +279,7 @@ def _automatic1111(model: Description) -> Verdict:
         v_prediction = model.diffusion.prediction_type == "v_prediction"
         checks += [
             (is_unet(model.unet, "sdxl"), "it has two text encoders, but its U-Net is not SDXL's"),
+            (model.unet.in_channels in (4, 9), f"it takes {model.unet.in_channels} channels, not 4 or 9"),
             (not v_prediction, "its configuration of SDXL predicts the noise"),
             *_vae(model),
         ]

@@ -13,6 +13,8 @@ from ldm.networks.config import UNetConfig
 from ldm.process import DiffusionConfig
 
 SD_VAE = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+UPSCALER_VAE = AutoencoderConfig(block_out_channels=(128, 256, 512), layers_per_block=2, sample_size=512)
+"""Of Stable Diffusion's upscaler: a quarter of the side."""
 VIT_L = ClipTextConfig(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
 )
@@ -76,10 +78,10 @@ def _alike(unet: UNetConfig, known: UNetConfig) -> dict[str, Any]:
     return {name: getattr(known, name) for name in names} if same else {}
 
 
-def is_vae(vae: AutoencoderConfig) -> bool:
-    """Whether this is Stable Diffusion's autoencoder, whatever its scale."""
+def is_vae(vae: AutoencoderConfig, known: AutoencoderConfig = SD_VAE) -> bool:
+    """Whether this is Stable Diffusion's autoencoder, or another known one, whatever its scale."""
     free = ("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-    return replace(vae, **{name: getattr(SD_VAE, name) for name in free}) == SD_VAE
+    return replace(vae, **{name: getattr(known, name) for name in free}) == known
 
 
 def is_tower(config: Mapping[str, Any], known: ClipTextConfig) -> bool:

@@ -14,8 +14,8 @@ HEAD_SIZE = 64
 """Of every U-Net with linear projections and of every text tower; SD 1.x has eight heads whatever the width."""
 SAMPLE_SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128}
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-TIME_IDS = 256
-"""Width of the embedding of each of SDXL's six size numbers."""
+TIME_IDS, SIZE_NUMBERS = 256, 6
+"""SDXL is told six numbers of sizes; the published one embeds each in 256."""
 
 
 def infer_unet_config(shapes: Shapes, layout: str) -> UNetConfig:
@@ -120,6 +120,26 @@ def infer_vae_config(shapes: Shapes, layout: str) -> AutoencoderConfig:
         sample_size=8 * SAMPLE_SIZES[layout],
         scaling_factor=SCALING_FACTORS[layout],
     )
+
+
+def time_ids_width(unet: UNetConfig, pooled: int) -> int | None:
+    """Width of the embedding of each of SDXL's six size numbers: what the pooled text leaves of the added input.
+
+    None for a U-Net without that input.
+
+    Raises:
+        ValueError: the rest is not six equal parts.
+    """
+    width = unet.projection_class_embeddings_input_dim
+    if width is None:
+        return None
+    each, over = divmod(width - pooled, SIZE_NUMBERS)
+    if each < 1 or over:
+        raise ValueError(
+            f"`label_emb.0.0.weight` takes {width} numbers, which are not the {pooled} of the pooled text and "
+            f"{SIZE_NUMBERS} equal parts"
+        )
+    return each
 
 
 def infer_clip_config(shapes: Shapes) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def _unet(unet: UNetConfig) -> dict[str, Any]:
     first = unet.block_out_channels[0]
     attending = [i for i, level in enumerate(levels) if level.depth]
     depths = {level.depth for level in levels if level.depth} | {unet.mid_level().depth}
+    contexts = {level.context_dim for level in unet.levels() if level.depth}
+    _require(len(contexts) == 1, "its levels read text of several widths, or none of any")
     _require(all(width % first == 0 for width in unet.block_out_channels), "its widths are no multiples of the first")
     _require(len(depths) == 1 and depths != {0}, "its transformers are not equally deep at all levels")
     _require(
@@ -87,7 +89,7 @@ def _unet(unet: UNetConfig) -> dict[str, Any]:
             "use_spatial_transformer": True,
             "use_linear_in_transformer": unet.use_linear_projection,
             "transformer_depth": depths.pop(),
-            "context_dim": levels[attending[0]].context_dim,
+            "context_dim": contexts.pop(),
             "use_scale_shift_norm": unet.resnet_time_scale_shift == "scale_shift",
             "use_checkpoint": False,
             "legacy": False,

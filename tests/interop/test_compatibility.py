@@ -42,7 +42,7 @@ def levels(*widths: int, **changes: Any) -> UNetConfig:
     """SD 1's U-Net at other widths, attending at every level."""
     n = len(widths)
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * n, "up_block_types": ("CrossAttnUpBlock2D",) * n}
-    return replace(SD1_UNET, block_out_channels=widths, **kinds, **changes)
+    return replace(SD1_UNET, block_out_channels=widths, **{**kinds, **changes})
 
 
 V = DiffusionConfig(prediction_type="v_prediction", timestep_spacing="trailing")
@@ -76,6 +76,11 @@ ARCHITECTURES: dict[str, tuple[Description, str]] = {
     "four heads": (model(replace(SD1_UNET, attention_head_dim=4)), "yes no yes yes"),
     "linear projections": (model(replace(SD1_UNET, use_linear_projection=True)), "yes no yes yes"),
     "no attention in the middle": (model(replace(SD1_UNET, mid_block_type="UNetMidBlock2D")), "yes no no yes"),
+    "transformer in the middle alone": (
+        model(levels(320, 640, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)),
+        "yes no yes yes",
+    ),
+    "text of two widths": (model(replace(SD1_UNET, cross_attention_dim=(768, 768, 512, 768))), "no no no no"),
     "class labels": (model(replace(SD1_UNET, num_class_embeds=10)), "no no no no"),
     "other context": (model(replace(SD1_UNET, cross_attention_dim=1024)), "no no yes no"),
     "T5 of width 512": (
@@ -87,7 +92,17 @@ ARCHITECTURES: dict[str, tuple[Description, str]] = {
         "yes no no no",
     ),
     "own vocabulary": (model(clip_vocabulary=False), "yes no no yes"),
-    "f4 autoencoder": (model(vae=F4), "yes no no yes"),
+    "f4 autoencoder": (model(vae=F4), "yes yes no yes"),
+    "narrow f4 autoencoder": (model(vae=replace(F4, block_out_channels=(64, 128, 256))), "yes no no yes"),
+    "f16 autoencoder": (
+        model(vae=replace(F4, block_out_channels=(128, 256, 512, 512, 512), down_block_types=(), up_block_types=())),
+        "yes no no yes",
+    ),
+    "no 1x1 convolutions, the family's scale": (
+        model(vae=replace(SD_VAE, use_quant_conv=False, use_post_quant_conv=False)),
+        "yes yes no yes",
+    ),
+    "one 1x1 convolution": (model(vae=replace(SD_VAE, use_quant_conv=False)), "yes no no yes"),
     "8 latent channels": (
         model(replace(SD1_UNET, in_channels=8, out_channels=8), replace(SD_VAE, latent_channels=8)),
         "yes no no no",
@@ -99,7 +114,7 @@ ARCHITECTURES: dict[str, tuple[Description, str]] = {
     ),
     "measured scale": (model(vae=replace(SD_VAE, scaling_factor=0.9, shift_factor=0.1)), "yes yes yes yes"),
     "SD 2.1": (model(SD2_UNET, texts=H, diffusion=V), "yes yes yes yes"),
-    "SD 2 of three levels": (model(SD2_SHORT, texts=H), "yes no yes yes"),
+    "SD 2 of three levels": (model(SD2_SHORT, texts=H), "yes yes yes yes"),
     "SDXL": (model(SDXL_UNET, texts=XL, pipeline=XL_PIPELINE), "yes yes yes yes"),
     "SDXL, v": (model(SDXL_UNET, texts=XL, diffusion=V, pipeline=XL_PIPELINE), "yes yes no yes"),
     "SDXL, distilled": (
@@ -109,6 +124,28 @@ ARCHITECTURES: dict[str, tuple[Description, str]] = {
     "SDXL, shallow": (
         model(replace(SDXL_UNET, transformer_layers_per_block=(1, 1, 1)), texts=XL, pipeline=XL_PIPELINE),
         "yes no no yes",
+    ),
+    "SDXL, distilled to one block": (
+        model(replace(SDXL_UNET, layers_per_block=1, transformer_layers_per_block=(1, 2, 6)), texts=XL, pipeline=XL_PIPELINE),
+        "yes yes no yes",
+    ),
+    "SDXL, other multiples of 320": (
+        model(replace(SDXL_UNET, block_out_channels=(320, 320, 640), attention_head_dim=(5, 5, 10)), texts=XL, pipeline=XL_PIPELINE),
+        "yes yes no yes",
+    ),
+    "SDXL, eight heads": (model(replace(SDXL_UNET, attention_head_dim=8), texts=XL, pipeline=XL_PIPELINE), "yes no no yes"),
+    "SDXL, 8 channels": (model(replace(SDXL_UNET, in_channels=8), texts=XL, pipeline=XL_PIPELINE), "no no no no"),
+    "SDXL, size numbers of 128": (
+        model(
+            replace(SDXL_UNET, addition_time_embed_dim=128, projection_class_embeddings_input_dim=1280 + 6 * 128),
+            texts=XL,
+            pipeline=XL_PIPELINE,
+        ),
+        "yes no no yes",
+    ),
+    "SDXL, v and zero SNR": (
+        model(SDXL_UNET, texts=XL, diffusion=replace(V, rescale_betas_zero_snr=True), pipeline=XL_PIPELINE),
+        "yes yes no yes",
     ),
 }  # fmt: skip
 
@@ -124,6 +161,23 @@ def test_the_four_tools_on_an_architecture(name: str) -> None:
 def test_a_damaged_model_opens_nowhere_and_every_line_says_why() -> None:
     found = verdicts(replace(model(), damage="the file is torn"))
     assert all(verdict.reasons[0] == "the file is torn" for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        (model(diffusion=V), "set v_prediction"),
+        (model(SD2_UNET, texts=H, diffusion=V), "it guesses v-prediction"),
+        (model(SD2_SHORT, texts=H, diffusion=V), "set v_prediction"),
+        (model(replace(SD2_UNET, in_channels=9), texts=H, diffusion=V), "set v_prediction"),
+        (model(SD2_SHORT, texts=H), None),
+        (model(SDXL_UNET, texts=XL, diffusion=V), None),
+        (model(vae=F4), "its node EmptyLatentImage gives pictures of half the side"),
+    ],
+)
+def test_what_to_know_of_a_model_that_comfyui_opens(described: Description, expected: str | None) -> None:
+    notes = verdicts(described)[1].notes
+    assert notes == () if expected is None else notes[0].startswith(expected) and len(notes) == 1
 
 
 def test_a_reason_names_what_is_found_and_what_is_wanted() -> None:

@@ -87,6 +87,18 @@ def ours(pipe: TextToImage, family: str) -> Image.Image:
     return image
 
 
+def weights(pipe: TextToImage) -> dict[str, Tensor]:
+    """A copy of what a LoRA can change: the U-Net's and the text encoders' tensors."""
+    parts = pipe.loras.parts.items()
+    return {f"{part}.{key}": value.clone() for part, network in parts for key, value in network.state_dict().items()}
+
+
+def assert_unchanged(pipe: TextToImage, before: Mapping[str, Tensor]) -> None:
+    after = weights(pipe)
+    assert after.keys() == before.keys()
+    assert [key for key, value in after.items() if not torch.equal(value, before[key])] == []
+
+
 def apart(a: Image.Image, b: Image.Image) -> int:
     assert a.size == b.size
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
@@ -97,14 +109,16 @@ def test_our_files_load_in_diffusers_and_draw_the_same(folders: dict[str, Path],
     pipe = TextToImage.from_pretrained(folders[family])
     plain = ours(pipe, family)
     files = [write_diffusers_lora(random_lora(pipe, n), tmp_path / f"{n}.safetensors") for n in range(2)]
-    before = {name: value.clone() for name, value in pipe.model.unet.state_dict().items()}
+    before = weights(pipe)
     for file, scale in zip(files, (0.8, -0.5), strict=True):
         pipe.load_lora(file, scale)
+    changed = {key.split(".")[0] for key, value in weights(pipe).items() if not torch.equal(value, before[key])}
+    assert changed == {"sd1": {"unet", "text_encoder"}, "sdxl": {"unet", "text_encoder", "text_encoder_2"}}[family]
     drawn = ours(pipe, family)
     assert apart(drawn, plain) > 40
     assert apart(drawn, theirs(folders[family], family, (files[0], 0.8), (files[1], -0.5))) <= 2
     pipe.unload_loras()
-    assert all(torch.equal(value, before[name]) for name, value in pipe.model.unet.state_dict().items())
+    assert_unchanged(pipe, before)
     assert apart(ours(pipe, family), plain) == 0
 
 
@@ -275,11 +289,11 @@ def test_what_does_not_fit_is_one_sentence_and_changes_nothing(
     file = tmp_path / "spoilt.safetensors"
     save_file({name: value.clone() for name, value in state.items()}, file)
     pipe = TextToImage.from_pretrained(folders["sd1"])
-    before = {name: value.clone() for name, value in pipe.model.unet.state_dict().items()}
+    before = weights(pipe)
     with pytest.raises(ModelError, match=r"spoilt\.safetensors") as raised:
         pipe.load_lora(file)
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
-    assert all(torch.equal(value, before[name]) for name, value in pipe.model.unet.state_dict().items())
+    assert_unchanged(pipe, before)
     monkeypatch.setattr("sys.argv", ["ldm-generate", "-m", str(folders["sd1"]), "-p", "x", "--lora", str(file)])
     with pytest.raises(SystemExit) as left:
         generate.main()
@@ -326,16 +340,12 @@ def test_a_damaged_header_and_wrong_flags_are_sentences(folders: dict[str, Path]
         convert.run([str(tmp_path / "good.safetensors"), "b.safetensors", "--to", "kohya", "--dtype", "float16"])
 
 
-def test_half_precision_weights_come_back_too(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_weights_come_back_too(folders: dict[str, Path]) -> None:
     pipe = TextToImage.from_pretrained(folders["sd1"], dtype=torch.float16)
-    before = {name: value.clone() for name, value in pipe.model.unet.state_dict().items()}
-    lora = random_lora(pipe)
-    pipe.loras.add(Lora({"unet": {name: replace(low, scale=0.1) for name, low in lora.parts["unet"].items()}}))
-    changed = [name for name, value in pipe.model.unet.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == [f"{name}.weight" for name in before_order(before, lora)]
+    before, lora = weights(pipe), random_lora(pipe)
+    weak = {part: {n: replace(low, scale=0.1) for n, low in layers.items()} for part, layers in lora.parts.items()}
+    pipe.loras.add(Lora(weak))
+    changed = {key for key, value in weights(pipe).items() if not torch.equal(value, before[key])}
+    assert changed == {f"{part}.{name}.weight" for part, layers in weak.items() for name in layers}
     pipe.unload_loras()
-    assert all(torch.equal(value, before[name]) for name, value in pipe.model.unet.state_dict().items())
-
-
-def before_order(state: Mapping[str, Tensor], lora: Lora) -> list[str]:
-    return [key.removesuffix(".weight") for key in state if key.removesuffix(".weight") in lora.parts["unet"]]
+    assert_unchanged(pipe, before)

@@ -69,6 +69,7 @@ def folders(sibling: Sibling, tmp_path_factory: pytest.TempPathFactory) -> dict[
     trailing = replace(DiffusionConfig(), timestep_spacing="trailing", steps_offset=0)
     models["sdxl_trailing"] = replace(models["sdxl"], scheduler=trailing.to_dict())
     models["inpainting"] = sibling("sd1", unet={"in_channels": 9})
+    models["inpainting_trailing"] = replace(models["inpainting"], scheduler=trailing.to_dict())
     for name, checkpoint in models.items():
         write_folder(checkpoint, root / name)
     return {name: root / name for name in models}
@@ -150,13 +151,25 @@ def test_inpainting_with_a_plain_model(folders: dict[str, Path], model: str, sam
     assert apart(ours, theirs) <= 2
 
 
-@pytest.mark.parametrize(("sampler", "strength"), [("ddim", 0.8), ("ddim", 1.0), ("euler", 0.8), ("heun", 0.8)])
+@pytest.mark.parametrize(
+    ("model", "sampler", "strength"),
+    [
+        ("inpainting", "ddim", 0.8),
+        ("inpainting", "ddim", 1.0),
+        ("inpainting", "euler", 0.8),
+        ("inpainting", "heun", 0.8),
+        ("inpainting_trailing", "dpmpp_2m", 0.8),
+        ("inpainting_trailing", "unipc", 0.8),
+    ],
+)
 @pytest.mark.usefixtures("fixed_noise")
-def test_inpainting_with_an_inpainting_model(folders: dict[str, Path], sampler: str, strength: float) -> None:
-    pipe = reference("inpainting", folders["inpainting"], sampler)
+def test_inpainting_with_an_inpainting_model(
+    folders: dict[str, Path], model: str, sampler: str, strength: float
+) -> None:
+    pipe = reference("inpainting", folders[model], sampler)
     given = {**GIVEN, "strength": strength}
     theirs = pipe(**given, image=picture(), mask_image=mask(), num_inference_steps=6, height=32, width=32).images[0]
-    ours_pipe = TextToImage.from_pretrained(folders["inpainting"])
+    ours_pipe = TextToImage.from_pretrained(folders[model])
     rest = {"latents": NOISE, "steps": 6, "sampler": sampler, "init_image": picture()}
     (ours,) = ours_pipe(**given, **rest, mask=mask())
     (elsewhere,) = ours_pipe(**given, **rest, mask=mask().transpose(Image.Transpose.ROTATE_180))
