@@ -156,4 +156,6 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _pixels(tokens: Tensor, size: torch.Size) -> Tensor:
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *size)
+    """[B, N, C] as [B, C, H, W], laid out plane by plane: any other layout would spread through the network, whose
+    convolutions would then copy their weights at every call."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *size).contiguous()
