@@ -63,6 +63,7 @@ def test_the_reconstruction_suite_in_full(
     assert all(isinstance(value, float) for value in report["metrics"].values())
     assert report["settings"] == {
         "model": str(tiny_model_folder),
+        "revision": None,
         "data": "shapes:validation:0:None:32",
         "resolution": 32,
         "perceptual": "efficientnet_lite2",

@@ -106,7 +106,7 @@ def test_the_report_its_page_and_its_pictures(
     assert set(report["reference"]["metrics"]) == {"clip_score", "r_precision", "shade_accuracy"}
     assert report["reference"]["metrics"]["shade_accuracy"] == 1.0
     assert report["settings"] == {
-        "model": str(tiny_model_folder), "data": str(data), "split": "validation", "caption_column": "text",
+        "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation", "caption_column": "text",
         "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
         "clip": clip, "candidates": 3, "num_reference": 6, "num_training": 12, "label_column": "shade",
         "bootstrap": 20, "skipped": 0,
