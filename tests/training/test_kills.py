@@ -53,7 +53,8 @@ def test_one_then_two_then_one_process_is_one_training() -> None:
 
 def test_a_stop_after_every_step_changes_nothing() -> None:
     report = run("survival", "restarts", "--quick")
-    assert report["equal"] == report["settings"] == 2 and report["starts"] == 48
+    assert report["settings"] == 3 and report["starts"] == 72
+    assert report["equal_in_stage_one"] == 2 and report["equal_in_stage_two"] == 1
 
 
 def test_looking_at_a_training_does_not_change_it() -> None:
