@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
 import random
-import signal
 import struct
-import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.batches import SkipCounter, Transform, pixel_batches
+from ldm.data.order import BatchPlan
+from ldm.data.sources import open_source
 from ldm.data.transforms import MAX_PIXELS, BadImage, image_size, open_image
 
-SECONDS = 2
+Limits = Callable[..., AbstractContextManager[None]]
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -125,40 +127,16 @@ MAY_DECODE = ("scrambled", "zTXt", "iCCP", "4000 x 8", "8 x 4000", "no palette",
 """Cases in which the decoder may find a usable picture all the same."""
 
 
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails what computes for longer."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"computed for more than {seconds} s")
-
-    before = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-
-
-def peak_memory() -> int:
-    """The largest resident memory since the last reset, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def test_there_are_300_of_them() -> None:
     assert len(MALFORMED) >= 300
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-def test_malformed_pictures_are_refused_by_name_in_bounded_time_and_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
+@pytest.mark.usefixtures("lean")
+def test_malformed_pictures_are_refused_by_name_in_bounded_time_and_memory(within_limits: Limits) -> None:
     good, refused = encoded("PNG"), 0
     for name, data in MALFORMED:
         key = f"folder/{name}.png"
-        with within(SECONDS):
+        with within_limits():
             try:
                 image = open_image(data, key)
             except BadImage as error:
@@ -169,7 +147,57 @@ def test_malformed_pictures_are_refused_by_name_in_bounded_time_and_memory() -> 
                 assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
         assert open_image(good, "good").size == (24, 16)
     assert refused >= 200
-    assert peak_memory() - before < 300e6
+
+
+@pytest.mark.usefixtures("lean")
+def test_training_on_a_folder_of_them_counts_and_names_each(tmp_path: Path) -> None:
+    """An epoch of the pictures, with good ones among them: what is skipped is what cannot be opened, each once."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    paths = [folder / f"{number:03d}.png" for number in range(len(MALFORMED))]
+    good = {str(path.with_suffix(".good.png")) for path in paths[::2]}
+    for path, (_, data) in zip(paths, MALFORMED, strict=True):
+        path.write_bytes(data)
+    for name in good:
+        Path(name).write_bytes(encoded("PNG"))
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a caption")
+    refused = {str(path) for path in paths if not opens(path)}
+    source, skips, used = open_source(str(tmp_path), "train", 8), SkipCounter(1.0), set()
+    assert len(source) == len(paths) + len(good)
+    for batch in pixel_batches(source, Transform(8), BatchPlan(1), 0, 0, len(source)):
+        skips.add(1, batch.skipped)
+        used.update(batch.keys)
+    assert len(refused) >= 200 and {reason.split(": ")[0] for reason in skips.names} == refused
+    assert len(skips.names) == len(refused) and f"{len(refused)} samples could not be used" in skips.summary()
+    assert used == (good | set(map(str, paths))) - refused
+
+
+def opens(path: Path) -> bool:
+    try:
+        open_image(path, str(path))
+    except BadImage:
+        return False
+    return True
+
+
+def test_the_limits_end_what_waits_and_what_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within_limits: Limits
+) -> None:
+    """Also within the reader, which turns every Exception into a bad picture."""
+    os.mkfifo(tmp_path / "pipe")
+
+    def wait() -> None:
+        (tmp_path / "pipe").read_bytes()
+
+    def compute() -> None:
+        while True:
+            pass
+
+    for hanging, reason, limits in ((wait, "lasted 1 s", (60, 1)), (compute, "computed for 1 s", (1, 60))):
+        monkeypatch.setattr(Image, "open", lambda *_, hanging=hanging, **__: hanging())
+        with pytest.raises(BaseException, match=reason), within_limits(*limits):
+            open_image(encoded("PNG"), "x")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -180,15 +208,13 @@ def test_the_contents_decide_and_not_the_extension(tmp_path: Path, kind: str) ->
         assert open_image(path, str(path)).size == image_size(path, "x") == (24, 16)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    import os
-
+def test_what_is_no_file_is_refused(tmp_path: Path, within_limits: Limits) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     for path in (*tmp_path.iterdir(), tmp_path / "never.png", Path("/dev/zero")):
-        with within(SECONDS), pytest.raises(BadImage, match=str(path)):
+        with within_limits(), pytest.raises(BadImage, match=str(path)):
             open_image(path, str(path))
 
 
