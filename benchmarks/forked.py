@@ -1,8 +1,8 @@
 """Tiny trainings in forked processes: torch is imported once, and a run of six steps takes about a second.
 
-What `kills.py`, `signals.py` and `resume_matrix.py` share. `Points` names the places in a run at which something can
-be done to it: in a step, around every file that is written, flushed, renamed or removed, while encoding, validating and
-exporting. The names are found by running, so a new file or a new stage is a new point by itself.
+What `kills.py` and `survival.py` share. `Points` names the places in a run at which something can be done to it: in a
+step, around and amid every file that is written, flushed, renamed or removed, while encoding, validating and exporting.
+The names are found by running, so a new file or a new stage is a new point by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from PIL.Image import Image
 
 import train_autoencoder
 import train_ldm
@@ -32,6 +33,7 @@ from autoencoder import AutoencoderKL
 from ldm.training.ema import Ema
 from ldm.training.launch import run_command
 from ldm.training.log import TrainingLog
+from ldm.training.run_dir import RunDir
 
 STEPS = 6
 TRAINING = {
@@ -139,32 +141,57 @@ class Points:
             (Ema, "_load", "putting the average in place"),
             (AutoencoderKL, "moments", "encoding"),
             (TrainingLog, "write", "writing metrics"),
+            (RunDir, "_prune", "pruning"),
         ):
             self.around(owner, attribute, lambda *_, name=name: name)
-        self.around(os, "fsync", lambda fd: f"fsync of {self.name(os.readlink(f'/proc/self/fd/{fd}'))}")
         self.around(os, "replace", lambda source, target: f"rename to {self.name(target)}")
-        self.around(Path, "write_text", lambda path, *_: f"writing {self.name(path)}")
-        self._half_writes()
-        self._half_removals()
+        self._flushes()
+        self._writes(Path, "write_text", lambda path, *_: path)
+        self._writes(safetensors.torch, "serialize_file", lambda _, path, *__: path)
+        self._writes(Image, "save", lambda _, target, *__: target)
+        self._removals()
 
-    def _half_writes(self) -> None:
-        inner = safetensors.torch.serialize_file
+    def _flushes(self) -> None:
+        inner = os.fsync
 
-        def wrapped(tensors: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        def wrapped(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            self._half(path)
+            self.here(f"before fsync of {self.name(path)}")
+            inner(descriptor)
+            self.here(f"after fsync of {self.name(path)}")
+
+        os.fsync = wrapped
+
+    def _writes(self, owner: Any, attribute: str, target: Callable[..., Any]) -> None:
+        inner = getattr(owner, attribute)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            path = target(*args)
             self.here(f"before writing {self.name(path)}")
-            inner(tensors, path, *args, **kwargs)
+            result = inner(*args, **kwargs)
+            self._half(path)
+            self.here(f"after writing {self.name(path)}")
+            return result
+
+        setattr(owner, attribute, wrapped)
+
+    def _half(self, path: str | os.PathLike[str]) -> None:
+        """A file that was written but not flushed: acting here finds it half as long, as amid its writing."""
+        if os.path.isfile(path):
             self.here(f"half of {self.name(path)}", lambda: os.truncate(path, os.path.getsize(path) // 2))
 
-        safetensors.torch.serialize_file = wrapped
-
-    def _half_removals(self) -> None:
+    def _removals(self) -> None:
         inner = shutil.rmtree
 
         def wrapped(path: Any, *args: Any, **kwargs: Any) -> None:
-            if os.path.isdir(path):
-                first = next((entry.path for entry in os.scandir(path) if entry.is_file()), None)
-                self.here(f"half of removing {self.name(path)}", lambda: os.unlink(first) if first else None)
+            if not os.path.isdir(path):
+                return inner(path, *args, **kwargs)
+            first = next((entry.path for entry in os.scandir(path) if entry.is_file()), None)
+            self.here(f"before removing {self.name(path)}")
+            self.here(f"half of removing {self.name(path)}", lambda: os.unlink(first) if first else None)
             inner(path, *args, **kwargs)
+            self.here(f"after removing {self.name(path)}")
 
         shutil.rmtree = wrapped  # type: ignore[assignment]
 

@@ -9,18 +9,18 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-Limit = Callable[[float], AbstractContextManager[None]]
+Limit = Callable[..., AbstractContextManager[None]]
 
 
 def test_what_computes_for_too_long_is_interrupted(limit_time: Limit) -> None:
-    with pytest.raises(TimeoutError, match=r"not done within 0\.05 s"), limit_time(0.05):
+    with pytest.raises(BaseException, match=r"computed for 0\.05 s"), limit_time(0.05):
         while True:
             pass
 
 
 def test_what_waits_for_ever_is_interrupted(limit_time: Limit) -> None:
     reader, writer = os.pipe()
-    with pytest.raises(TimeoutError), limit_time(0.02):
+    with pytest.raises(BaseException, match=r"lasted 0\.1 s"), limit_time(0.02):
         os.read(reader, 1)
     os.close(reader)
     os.close(writer)

@@ -104,9 +104,14 @@ class TrainingLog:
             self.accelerator.log(dict(values), step=step)
 
     def show(self, name: str, image: Image, path: Path, step: int) -> None:
-        """Writes a picture to its file and to the trackers that take pictures; the main process calls it."""
+        """Writes a picture to its file and to the trackers that take pictures; the main process calls it.
+
+        The file appears whole: a later start takes its being there for a validation that was done.
+        """
         with self.despite_the_disk(step, path.name):
-            image.save(path)
+            half = path.with_name(f".{path.name}")
+            image.save(half)
+            half.replace(path)
         with self.despite_the_disk(step, f"the trackers' {name}"):
             tracker_image(self.accelerator, name, image, step)
 

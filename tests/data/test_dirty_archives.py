@@ -1,4 +1,7 @@
-"""More than 60 malformed archives and captions beside good ones: what is good is read, the rest is counted and named."""
+"""More than 60 malformed archives and captions beside good ones: what is good is read, the rest is counted and named.
+
+Each is read within the limits of time and memory that `conftest.py` sets.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from ldm.data.text import BadText, captions_of, decode
 from ldm.data.transforms import BadImage
 
 COLUMNS = Columns("png", ("txt", "json"))
+
+pytestmark = pytest.mark.usefixtures("prompt", "lean")
 
 
 def picture(level: int = 0) -> bytes:

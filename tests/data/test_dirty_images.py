@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.batches import SkipCounter, Transform, pixel_batches
+from ldm.data.order import BatchPlan
+from ldm.data.sources import open_source
 from ldm.data.transforms import MAX_PIXELS, BadImage, image_size, open_image
 
-SECONDS = 2
+Limits = Callable[..., AbstractContextManager[None]]
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -119,7 +123,6 @@ def lying() -> Iterator[tuple[str, bytes]]:
 MALFORMED = [
     case for family in (truncated, scrambled, other_formats, empty_and_random, bombs, lying) for case in family()
 ]
-Limit = Callable[[float], AbstractContextManager[None]]
 MAY_DECODE = ("scrambled", "zTXt", "iCCP", "4000 x 8", "8 x 4000", "no palette", "piece missing", "cut at")
 """Cases in which the decoder may find a usable picture all the same."""
 
@@ -128,19 +131,12 @@ def test_there_are_300_of_them() -> None:
     assert len(MALFORMED) >= 300
 
 
-def test_malformed_pictures_are_refused_by_name_in_bounded_time_and_memory(
-    limit_time: Limit, limit_memory: Limit
-) -> None:
-    with limit_memory(300e6):
-        assert refused_of_malformed(limit_time) >= 200
-
-
-def refused_of_malformed(limit_time: Limit) -> int:
-    """How many of the malformed files are refused; the others decode, as they may."""
+@pytest.mark.usefixtures("lean")
+def test_malformed_pictures_are_refused_by_name_in_bounded_time_and_memory(limit_time: Limits) -> None:
     good, refused = encoded("PNG"), 0
     for name, data in MALFORMED:
         key = f"folder/{name}.png"
-        with limit_time(SECONDS):
+        with limit_time():
             try:
                 image = open_image(data, key)
             except BadImage as error:
@@ -150,7 +146,58 @@ def refused_of_malformed(limit_time: Limit) -> int:
                 assert any(word in name for word in MAY_DECODE), f"{name} was taken for a picture"
                 assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
         assert open_image(good, "good").size == (24, 16)
-    return refused
+    assert refused >= 200
+
+
+@pytest.mark.usefixtures("lean")
+def test_training_on_a_folder_of_them_counts_and_names_each(tmp_path: Path) -> None:
+    """An epoch of the pictures, with good ones among them: what is skipped is what cannot be opened, each once."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    paths = [folder / f"{number:03d}.png" for number in range(len(MALFORMED))]
+    good = {str(path.with_suffix(".good.png")) for path in paths[::2]}
+    for path, (_, data) in zip(paths, MALFORMED, strict=True):
+        path.write_bytes(data)
+    for name in good:
+        Path(name).write_bytes(encoded("PNG"))
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a caption")
+    refused = {str(path) for path in paths if not opens(path)}
+    source, skips, used = open_source(str(tmp_path), "train", 8), SkipCounter(1.0), set()
+    assert len(source) == len(paths) + len(good)
+    for batch in pixel_batches(source, Transform(8), BatchPlan(1), 0, 0, len(source)):
+        skips.add(1, batch.skipped)
+        used.update(batch.keys)
+    assert len(refused) >= 200 and {reason.split(": ")[0] for reason in skips.names} == refused
+    assert len(skips.names) == len(refused) and f"{len(refused)} samples could not be used" in skips.summary()
+    assert used == (good | set(map(str, paths))) - refused
+
+
+def opens(path: Path) -> bool:
+    try:
+        open_image(path, str(path))
+    except BadImage:
+        return False
+    return True
+
+
+def test_the_limits_end_what_waits_and_what_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_time: Limits
+) -> None:
+    """Also within the reader, which turns every Exception into a bad picture."""
+    os.mkfifo(tmp_path / "pipe")
+
+    def wait() -> None:
+        (tmp_path / "pipe").read_bytes()
+
+    def compute() -> None:
+        while True:
+            pass
+
+    for hanging, reason, limits in ((wait, "lasted 1 s", (60, 1)), (compute, "computed for 1 s", (1, 60))):
+        monkeypatch.setattr(Image, "open", lambda *_, hanging=hanging, **__: hanging())
+        with pytest.raises(BaseException, match=reason), limit_time(*limits):
+            open_image(encoded("PNG"), "x")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -161,15 +208,13 @@ def test_the_contents_decide_and_not_the_extension(tmp_path: Path, kind: str) ->
         assert open_image(path, str(path)).size == image_size(path, "x") == (24, 16)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path, limit_time: Limit) -> None:
-    import os
-
+def test_what_is_no_file_is_refused(tmp_path: Path, limit_time: Limits) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     for path in (*tmp_path.iterdir(), tmp_path / "never.png", Path("/dev/zero")):
-        with limit_time(SECONDS), pytest.raises(BadImage, match=str(path)):
+        with limit_time(), pytest.raises(BadImage, match=str(path)):
             open_image(path, str(path))
 
 
