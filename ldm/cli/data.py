@@ -181,13 +181,13 @@ def _frozen_text_encoder(args: argparse.Namespace) -> TextEncoder:
     from ldm.build import build_text_encoder
     from ldm.config.file import read_section
     from ldm.config.text_encoders import PretrainedText, TextEncoderConfig
-    from ldm.pretrained import read_model, resolve
+    from ldm.pretrained import read_model
 
     config = read_section(TextEncoderConfig, "text_encoder", args.text_encoder)
     if getattr(config, "trainable", True):
         raise ValueError("--text-encoder is one that is trained; only a frozen one's encodings can be kept")
     if isinstance(config, PretrainedText):
-        return read_model(resolve(args.model)).text_encoder
+        return read_model(args.model).text_encoder
     return build_text_encoder(config, (), 0, Path(args.output) / "tokenizer")
 
 

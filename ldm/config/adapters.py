@@ -80,6 +80,11 @@ class PriorPreservationConfig:
         require_positive(self, "prior_preservation", "prior_loss_weight")
         given = [f"`prior_preservation.{name}` is {getattr(self, name)!r}" for name in self._given()]
         require(len(given) < 2, f"{' and '.join(given)}; give one of them")
+        require(
+            self.wanted or self.target == "picture",
+            "`prior_preservation.target` is model, but there are no class pictures; give `class_prompts`, "
+            "`class_prompts_file` or `class_source`",
+        )
 
     @property
     def wanted(self) -> bool:

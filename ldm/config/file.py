@@ -72,11 +72,7 @@ def read_section(kind: type[T], key: str, text: str) -> T:
     Raises:
         ConfigError: naming `key`, where the section would stand, and what is wrong with it.
     """
-    try:
-        tree = draccus.cfgparsing.parse_string(text)
-    except Exception as error:
-        raise ConfigError(f"`{key}` is {text!r}; that is not YAML") from error
-    return _build(kind, tree, f"{key}.")
+    return _build(kind, _parsed(key, text), f"{key}.")
 
 
 def dump_config(config: object) -> str:
@@ -142,8 +138,13 @@ def _override(tree: dict[str, Any], key: str, text: str, kind: type) -> None:
     if _accepts(hint, text) and not (text == "null" and _accepts(hint, None)):
         tree[name] = text
         return
+    tree[name] = _parsed(key, text)
+
+
+def _parsed(key: str, text: str) -> Any:
+    """What a value means that was given in one line."""
     try:
-        tree[name] = draccus.cfgparsing.parse_string(text)
+        return draccus.cfgparsing.parse_string(text)
     except Exception as error:
         raise ConfigError(f"`{key}` is {text!r}; that is not YAML") from error
 

@@ -199,13 +199,7 @@ class LdmTraining:
             isinstance(self.adapter, LoraConfig | NoAdapter) or not self.latents.cache_text,
             "`latents.cache_text` is true, but `adapter` learns a token of the text encoder; it must be false",
         )
-        prior = self.prior_preservation
-        require(
-            prior.wanted or prior.target == "picture",
-            "`prior_preservation.target` is model, but there are no class pictures; give `class_prompts`, "
-            "`class_prompts_file` or `class_source`",
-        )
-        if prior.wanted:
+        if self.prior_preservation.wanted:
             self._check_prior()
 
     def _check_prior(self) -> None:

@@ -97,8 +97,7 @@ def build_trained(config: LdmTraining, network: ConditionedUNet) -> nn.Module:
 
 def prior_teacher(config: LdmTraining, network: ConditionedUNet) -> ConditionedUNet | None:
     """A frozen copy of the network, made before any adapter is; None where class pictures are their own target."""
-    prior = config.prior_preservation
-    if not prior.wanted or prior.target == "picture":
+    if config.prior_preservation.target == "picture":
         return None
     return copy.deepcopy(network).requires_grad_(False).eval()
 
