@@ -122,7 +122,8 @@ def main() -> None:
     )
     parameters = [p for p in network.parameters() if p.requires_grad]
     parts: dict[str, Stateful] = {"network": trained, "optimizer": optimizer, **scaling.parts(), **timesteps.parts()}
-    checkpoint = Checkpoint(run, accelerator, training.checkpoints_total_limit, ema, guard, parts)
+    limit, snapshots = training.checkpoints_total_limit, training.ema_snapshots
+    checkpoint = Checkpoint(run, accelerator, limit, ema, guard, parts, snapshots)
     first = checkpoint.resume()
 
     # 4. Loop

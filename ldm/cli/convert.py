@@ -33,6 +33,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     p.add_argument("--variant", default=None, help="which weight files to read, and the name of those to write")
     p.add_argument("--max-shard-size", default=None, metavar="SIZE", help="split weight files of a folder, such as 2GB")
+    average = p.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema-sigma-rel",
+        type=float,
+        metavar="S",
+        help="SOURCE is a run folder of train_ldm.py with snapshots: write "
+        "its model under the average over the last part S of training",
+    )
+    average.add_argument("--ema-decay", type=float, metavar="D", help="the same with a moving average of decay D")
     p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
     return p
 
@@ -66,6 +75,8 @@ def _convert(args: argparse.Namespace) -> list[Path]:
     from ldm.single_file import write_single_file
 
     target, source = Path(args.target).expanduser(), Path(args.source).expanduser()
+    if args.ema_sigma_rel is not None or args.ema_decay is not None:
+        return [_average(source, target, args)]
     if args.to == "kohya" or (source.exists() and _holds_lora(source)):
         return [_convert_lora(source, target, args)]
     _refuse_target(target, args.to)
@@ -75,6 +86,33 @@ def _convert(args: argparse.Namespace) -> list[Path]:
         return write_single_file(checkpoint, target, dtype)
     write_folder(checkpoint, target, dtype, args.variant, args.max_shard_size)
     return [target]
+
+
+def _average(source: Path, target: Path, args: argparse.Namespace) -> Path:
+    import torch
+
+    from ldm.pretrained import write_model
+    from ldm.training.post_hoc_ema import POOR_FIT, average_of_run
+
+    flag = "--ema-decay" if args.ema_sigma_rel is None else "--ema-sigma-rel"
+    given = [f"--{name}" for name in ("revision", "variant", "max_shard_size", "allow_pickle") if getattr(args, name)]
+    if args.to != "diffusers" or given:
+        wrong = given[0].replace("_", "-") if given else f"--to {args.to}"
+        raise ValueError(f"{flag} writes a folder, --to diffusers, from a run folder; it does not go with {wrong}")
+    _refuse_target(target, args.to)
+    try:
+        found = average_of_run(source, args.ema_sigma_rel, args.ema_decay)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    dtype = torch.float32 if args.dtype is None else getattr(torch, args.dtype)
+    write_model(found.model, target, dtype)
+    if found.error > POOR_FIT:
+        print(
+            f"warning: {found.snapshots} snapshots give this average with an error of {found.error:.0%}; snapshots at "
+            "shorter intervals (training.checkpointing_steps) would give it better",
+            file=sys.stderr,
+        )
+    return target
 
 
 def _holds_lora(source: Path) -> bool:

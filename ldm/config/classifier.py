@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ldm.config.common import OptimizerConfig, TrainingConfig
+from ldm.config.common import OptimizerConfig, TrainingConfig, require
 from ldm.networks.classifier import ClassifierConfig
 
 
@@ -24,3 +24,6 @@ class ClassifierTraining:
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        require(not self.training.ema_snapshots, "`training.ema_snapshots` is true; it is for train_ldm.py")

@@ -134,6 +134,8 @@ class TrainingConfig:
     """The loop: how long, how much at once, how often to save. Steps are optimiser steps.
 
     `skip_loss_spikes` skips an update whose loss lies more than that many standard deviations above the last 200.
+    With `ema_snapshots` every state leaves its averaged weights in `ema/`, from which `ldm-convert --ema-sigma-rel`
+    makes another average afterwards; for stage two.
     `report_to` is `none` or names of trackers with commas between them.
     """
 
@@ -144,6 +146,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     ema_decay: float = 0.999
+    ema_snapshots: bool = False
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     logging_steps: int = 20

@@ -131,6 +131,7 @@ class AutoencoderTraining:
         require_at_least(self, "", 1, "statistics_samples")
         require_positive(self, "", "scaling_factor")
         require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
+        require(not self.training.ema_snapshots, "`training.ema_snapshots` is true; it is for train_ldm.py")
         self._check_pretrained()
         self._check_codebook()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)

@@ -116,7 +116,10 @@ def _diffusers(model: Description) -> Verdict:
             f"the U-Net gives {unet.out_channels} channels, the autoencoder takes {latents}",
         ),
         (read == str(model.context), f"the U-Net reads text of width {read}, not {model.context}"),
-        (double or unet.addition_embed_type is None, "the U-Net wants sizes and pooled text, which one encoder lacks"),
+        (
+            double or unet.addition_embed_type != "text_time",
+            "the U-Net wants sizes and pooled text, which one encoder lacks",
+        ),
         (not double or unet.addition_embed_type == "text_time", "the U-Net does not take the second encoder's vector"),
         (unet.class_embed_type is None and not unet.num_class_embeds, "no text-to-image pipeline gives class labels"),
     ]
@@ -214,7 +217,7 @@ def _comfy_unet(model: Description) -> Checks:
 
 
 def _comfy_sd(unet: UNetConfig) -> Checks:
-    return [(unet.addition_embed_type is None, "it takes sizes and pooled text")]
+    return [(unet.addition_embed_type is None, "it takes pooled text beside the timestep")]
 
 
 def _comfy_sdxl(unet: UNetConfig) -> Checks:

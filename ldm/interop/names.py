@@ -85,6 +85,8 @@ def unet_names(config: UNetConfig) -> Names:
             f"`down_block_types` is {list(config.down_block_types)} and `up_block_types` "
             f"{list(config.up_block_types)}; the original layout has no residual blocks that resample"
         )
+    if config.addition_embed_type == "text":
+        raise ValueError("`addition_embed_type` is 'text'; the original layout has no pooled context")
     table = UNET_ENDS | (TEXT_TIME if config.addition_embed_type else {})
     table |= _nested("mid_block.resnets.0.", "middle_block.0.", UNET_RESNET)
     table |= _nested("mid_block.resnets.1.", "middle_block.2.", UNET_RESNET)

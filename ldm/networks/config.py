@@ -15,7 +15,6 @@ UpBlockType = Literal["CrossAttnUpBlock2D", "UpBlock2D", "SimpleCrossAttnUpBlock
 
 FIXED_KEYS: Mapping[str, object] = types.MappingProxyType(
     {
-        "addition_embed_type_num_heads": 64,
         "attention_type": "default",
         "class_embeddings_concat": False,
         "conv_in_kernel": 3,
@@ -63,7 +62,8 @@ class UNetConfig:
     A field that takes an int or a tuple gives one value for all levels or one a level, finest level first.
     `attention_head_dim` is, as in diffusers, the number of heads, and the width of one in the blocks of names with
     "Simple". `upcast_attention` is kept for exchange: `scaled_dot_product_attention` accumulates in fp32 whatever the
-    dtype of its inputs.
+    dtype of its inputs. `addition_embed_type` text adds the pooled context to the timestep's embedding, text_time a
+    pooled vector given beside it and sizes.
 
     Raises:
         ValueError: one sentence naming the key, its value and what is accepted.
@@ -101,7 +101,8 @@ class UNetConfig:
     use_linear_projection: bool = False
     class_embed_type: Literal["timestep", "identity", "projection", "simple_projection"] | None = None
     num_class_embeds: int | None = None
-    addition_embed_type: Literal["text_time"] | None = None
+    addition_embed_type: Literal["text", "text_time"] | None = None
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     upcast_attention: bool | None = False
@@ -204,6 +205,13 @@ class UNetConfig:
             "projection_class_embeddings_input_dim": self.addition_embed_type == "text_time"
             or self.class_embed_type in ("projection", "simple_projection"),
         }
+        if self.addition_embed_type == "text":
+            width, heads = self.cross_attention_dim, self.addition_embed_type_num_heads
+            _require(
+                isinstance(width, int) and width % heads == 0,
+                f"`addition_embed_type_num_heads` is {heads}; with `addition_embed_type` 'text' it must divide "
+                f"`cross_attention_dim`, one width for all levels, which is {width}",
+            )
         for key, needed in needs.items():
             _require(
                 not needed or getattr(self, key) is not None,

@@ -71,6 +71,51 @@ def uncropped(rows: int, height: int, width: int) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(rows, 6)
 
 
+class AttentionPooling(nn.Module):
+    """One vector from many: their mean, with a learnt offset, attends to itself and to all of them."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps [B, L, dim] to [B, dim]; `mask` [B, 1, 1, L] is True for the tokens that count."""
+        if mask is None:
+            mean = tokens.mean(dim=1, keepdim=True)
+        else:
+            counts = mask.flatten(1)[..., None].to(tokens.dtype)
+            mean = (tokens * counts).sum(dim=1, keepdim=True) / counts.sum(dim=1, keepdim=True)
+            mask = F.pad(mask, (1, 0), value=True)
+        mean = mean + self.positional_embedding
+        tokens = torch.cat([mean, tokens], dim=1)
+        q, k, v = (
+            projection.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        pooled: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
+        return pooled
+
+
+class TextEmbedding(nn.Module):
+    """The pooled context, which every residual block then receives (Saharia et al. 2022, Imagen, section 2.3)."""
+
+    def __init__(self, in_features: int, out_features: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(in_features)
+        self.pool = AttentionPooling(in_features, heads)
+        self.proj = nn.Linear(in_features, out_features)
+        self.norm2 = nn.LayerNorm(out_features)
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps context [B, L, D] to [B, out_features]; diffusers knows no `mask` [B, 1, 1, L] here."""
+        features: Tensor = self.norm2(self.proj(self.pool(self.norm1(context), mask)))
+        return features
+
+
 class TextTimeEmbedding(nn.Module):
     """Pooled text beside the sinusoids of the six sizes (Podell et al. 2023, SDXL, section 2.2)."""
 

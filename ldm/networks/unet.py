@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from .attention import JointAttention, Transformer2DModel
 from .blocks import DownBlock2D, MidBlock2D, ResnetBlock2D, Stage, UpBlock2D
 from .config import UNetConfig
-from .embeddings import ACTIVATIONS, TextTimeEmbedding, TimestepEmbedding, sinusoidal_embedding
+from .embeddings import (
+    ACTIVATIONS,
+    AttentionPooling,
+    TextEmbedding,
+    TextTimeEmbedding,
+    TimestepEmbedding,
+    sinusoidal_embedding,
+)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -65,7 +72,7 @@ class UNet(nn.Module):
         Args:
             x: noisy latents [B, in_channels, H, W].
             t: timesteps [B], or one number for all rows.
-            context: text features [B, L, cross_attention_dim]; required where any level attends.
+            context: text features [B, L, cross_attention_dim]; required where any level attends or it is pooled.
             context_mask: [B, L] bool, True for the tokens to attend to, at least one a row.
             pooled: [B, P] text vector of `addition_embed_type` "text_time" (SDXL); others do not read it.
             size_ids: [B, 6] original size, crop and target size of "text_time".
@@ -81,8 +88,8 @@ class UNet(nn.Module):
             ValueError: when a condition is missing, the network has no place for it or the mask is not bool.
         """
         self._check_conditions(context, pooled, size_ids, class_labels, time_cond)
-        emb = self._embed(x, t, pooled, size_ids, class_labels, time_cond)
         mask = _attention_mask(context_mask)
+        emb = self._embed(x, t, context, mask, pooled, size_ids, class_labels, time_cond)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:
@@ -154,6 +161,8 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         t: Tensor | float,
+        context: Tensor | None,
+        mask: Tensor | None,
         pooled: Tensor | None,
         size_ids: Tensor | None,
         class_labels: Tensor | None,
@@ -164,8 +173,11 @@ class UNet(nn.Module):
         if self.class_embedding is not None and class_labels is not None:
             by_time = self.config.class_embed_type == "timestep"
             emb = emb + self.class_embedding(self.waves(class_labels).to(x.dtype) if by_time else class_labels)
-        if self.add_embedding is not None and pooled is not None:
-            emb = emb + self.add_embedding(pooled.to(x.dtype), size_ids)
+        match self.add_embedding:
+            case TextEmbedding() as pool if context is not None:
+                emb = emb + pool(context, mask)
+            case TextTimeEmbedding() as project if pooled is not None and size_ids is not None:
+                emb = emb + project(pooled.to(x.dtype), size_ids)
         return self.activation(emb)
 
     def _check_conditions(
@@ -176,8 +188,8 @@ class UNet(nn.Module):
         class_labels: Tensor | None,
         time_cond: Tensor | None,
     ) -> None:
-        text_time = self.add_embedding is not None
-        _require_given("context", context, self.attends)
+        text_time = isinstance(self.add_embedding, TextTimeEmbedding)
+        _require_given("context", context, self.attends or isinstance(self.add_embedding, TextEmbedding))
         _require_given("pooled", pooled, text_time)
         _require_given("size_ids", size_ids, text_time)
         _require_given("class_labels", class_labels, self.class_embedding is not None)
@@ -219,10 +231,16 @@ def _class_embedding(config: UNetConfig) -> nn.Module | None:
             return nn.Linear(features, width)
 
 
-def _add_embedding(config: UNetConfig) -> TextTimeEmbedding | None:
-    if config.addition_time_embed_dim is None or config.addition_embed_type is None:
-        return None
-    return TextTimeEmbedding(_projected(config), config.time_embed_dim, _waves(config, config.addition_time_embed_dim))
+def _add_embedding(config: UNetConfig) -> TextEmbedding | TextTimeEmbedding | None:
+    match config.addition_embed_type:
+        case None:
+            return None
+        case "text":
+            width, heads = config.down_levels()[0].context_dim, config.addition_embed_type_num_heads
+            return TextEmbedding(width, config.time_embed_dim, heads)
+        case "text_time":
+            waves = _waves(config, config.addition_time_embed_dim or 0)
+            return TextTimeEmbedding(_projected(config), config.time_embed_dim, waves)
 
 
 def _projected(config: UNetConfig) -> int:
@@ -270,6 +288,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         module.weight.normal_(generator=generator)
     elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
         module.reset_parameters()
+    elif isinstance(module, AttentionPooling):
+        offset = module.positional_embedding
+        offset.normal_(0, offset.shape[-1] ** -0.5, generator=generator)
 
 
 _LAST_LAYERS = {UNet: "conv_out", ResnetBlock2D: "conv2", Transformer2DModel: "proj_out", JointAttention: "to_out"}

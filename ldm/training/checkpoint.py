@@ -24,7 +24,10 @@ class Stateful(Protocol):
 
 
 class Checkpoint:
-    """Raw weights and optimisers by name, the average and the guard of one run. The main process writes."""
+    """Raw weights and optimisers by name, the average and the guard of one run. The main process writes.
+
+    With `snapshots` every state leaves its averaged weights behind, for `post_hoc_ema`.
+    """
 
     def __init__(
         self,
@@ -34,9 +37,10 @@ class Checkpoint:
         ema: Ema,
         guard: UpdateGuard,
         parts: Mapping[str, Stateful],
+        snapshots: bool = False,
     ) -> None:
         self.run, self.accelerator, self.keep = run, accelerator, keep
-        self.ema, self.guard, self.parts = ema, guard, parts
+        self.ema, self.guard, self.parts, self.snapshots = ema, guard, parts, snapshots
 
     def resume(self) -> int:
         """Restores the newest intact state and returns its step, 0 where there is none; every process must call it.
@@ -62,6 +66,8 @@ class Checkpoint:
         state = whole(self._state(step), self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             try:
+                if self.snapshots:
+                    self.run.keep_average(step, {"ema": state["ema"], "progress": state["progress"]})
                 self.run.save(step, state, self.keep)
             except OSError as error:
                 last = self.run.newest_intact()
@@ -69,7 +75,12 @@ class Checkpoint:
         self.accelerator.wait_for_everyone()
 
     def _state(self, step: int) -> State:
-        progress = {"step": step, "ema_updates": self.ema.updates, "guard": self.guard.state_dict()}
+        progress = {
+            "step": step,
+            "ema_updates": self.ema.updates,
+            "ema_decay": self.ema.decay,
+            "guard": self.guard.state_dict(),
+        }
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {**parts, "ema": self.ema.state_dict(), "progress": progress}
 

@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from ldm.training.sharding import like, local
 
 
+def warmed_decay(decay: float, updates: int) -> float:
+    """The decay of the update that follows `updates` others."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def warmed_decays(updates: int, decay: float) -> Tensor:
+    """The decays of the first `updates` updates: float64 [updates]."""
+    done = torch.arange(updates, dtype=torch.float64)
+    return ((1 + done) / (10 + done)).clamp(max=decay)
+
+
 class Ema:
     """Keeps avg <- d·avg + (1 - d)·w, with d warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
 
@@ -24,7 +35,7 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the module's present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = warmed_decay(self.decay, self.updates)
         self.updates += 1
         current = [local(p.detach()) for p in self.module.parameters()]
         torch._foreach_lerp_([local(average) for average in self.average.values()], current, 1 - decay)

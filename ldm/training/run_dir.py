@@ -1,4 +1,4 @@
-"""The run folder: `config.yaml`, `state/step_000500/`, `export/`, `samples/`, `logs/`, `metrics.jsonl`.
+"""The run folder: `config.yaml`, `state/step_000500/`, `ema/`, `export/`, `samples/`, `logs/`, `metrics.jsonl`.
 
 A state is a folder of safetensors and JSON files. It is written under a temporary name, each file flushed to disk and
 hashed, the manifest last, and then renamed; reading checks every hash, so a half-written or damaged state is named and
@@ -37,6 +37,7 @@ class RunDir:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.states = self.folder / "state"
+        self.averages = self.folder / "ema"
         self.samples = self.folder / "samples"
         self.logs = self.folder / "logs"
         self.export = self.folder / "export"
@@ -84,26 +85,17 @@ class RunDir:
         Raises:
             OSError: the disk is too full or failed; the temporary folder is gone and the older states are untouched.
         """
-        target = self.state(step)
-        temporary = self.states / f".tmp_step_{step:06d}"
-        for abandoned in self.states.glob(".tmp_step_*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
-        try:
-            self._check_space(state)
-            write_state(temporary, state)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            sync_folder(self.states)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        _publish(self.state(step), state)
         self._prune(step, keep)
 
-    def _check_space(self, state: State) -> None:
-        needed, free = size_in_bytes(state) + SPARE_BYTES, shutil.disk_usage(self.states).free
-        if free < needed:
-            reason = f"a state needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
-            raise OSError(errno.ENOSPC, reason, str(self.states))
+    def keep_average(self, step: int, state: State) -> None:
+        """Writes `ema/step_NNNNNN` atomically; it is never pruned, and written anew when the step is trained again.
+
+        Raises:
+            OSError: the disk is too full or failed; the temporary folder is gone and the others are untouched.
+        """
+        self.averages.mkdir(exist_ok=True)
+        _publish(self.averages / _name(step), state)
 
     def _prune(self, step: int, keep: int) -> None:
         """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would start from it.
@@ -118,7 +110,7 @@ class RunDir:
 
     def sample(self, step: int) -> Path:
         """Where the validation pictures after `step` steps belong."""
-        return self.samples / f"step_{step:06d}.png"
+        return self.samples / f"{_name(step)}.png"
 
     def lacks_sample(self, step: int, every: int, total: int) -> bool:
         """Whether the validation that was due when step `step` was saved did not come to its end."""
@@ -126,12 +118,15 @@ class RunDir:
 
     def state(self, step: int) -> Path:
         """Where the state after `step` steps belongs."""
-        return self.states / f"step_{step:06d}"
+        return self.states / _name(step)
 
     def complete(self) -> list[Path]:
         """Renamed states, oldest first."""
-        folders = (p for p in self.states.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
-        return sorted(folders, key=_step)
+        return _steps(self.states)
+
+    def snapshots(self) -> list[Path]:
+        """The averages that were kept, oldest first."""
+        return _steps(self.averages)
 
     def newest_intact(self) -> Path | None:
         """The newest state whose hashes are right."""
@@ -147,8 +142,41 @@ class RunDir:
         return None
 
 
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def _steps(parent: Path) -> list[Path]:
+    folders = (p for p in parent.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+    return sorted(folders, key=_step)
+
+
+def _publish(target: Path, state: State) -> None:
+    """Writes a state under a temporary name beside its own, then renames it; abandoned ones are removed."""
+    parent = target.parent
+    temporary = parent / f".tmp_{target.name}"
+    for abandoned in parent.glob(".tmp_step_*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    try:
+        _check_space(parent, state)
+        write_state(temporary, state)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_space(folder: Path, state: State) -> None:
+    needed, free = size_in_bytes(state) + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        reason = f"a state needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 class DamagedState(ValueError):  # noqa: N818

@@ -200,6 +200,7 @@ def test_a_reason_names_what_is_found_and_what_is_wanted() -> None:
         ("sd1", {"mid_block_type": None}, {}, True),
         ("sd1", {"resnet_time_scale_shift": "scale_shift"}, {}, True),
         ("sd1", {"attention_head_dim": (1, 2, 2)}, {}, True),
+        ("sd1", {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, {}, True),
         ("sd1", {"in_channels": 9}, {}, True),
         ("sd1", {"in_channels": 8, "out_channels": 8}, {"latent_channels": 8}, True),
         ("sd1", {}, {"use_quant_conv": False, "use_post_quant_conv": False}, True),

@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 10,
     },
+    "pooled_text": {**TWO_LEVELS, "addition_embed_type": "text", "addition_embed_type_num_heads": 3},
     "class_labels": {**TWO_LEVELS, "num_class_embeds": 7},
     "class_timestep": {**TWO_LEVELS, "class_embed_type": "timestep", "act_fn": "gelu"},
     "class_identity": {**TWO_LEVELS, "class_embed_type": "identity"},
@@ -256,7 +257,7 @@ def conditions(config: UNetConfig) -> dict[str, Tensor]:
         found["class_labels"] = torch.tensor([0, 6])
     if config.class_embed_type:
         found["class_labels"] = labels[config.class_embed_type]
-    if config.addition_embed_type:
+    if config.addition_embed_type == "text_time":
         found["pooled"] = normal(BATCH, 10, seed=6)
         found["size_ids"] = torch.tensor([[64, 48, 0, 0, 64, 64], [128, 96, 3, 5, 64, 32]])
     if config.time_cond_proj_dim:
@@ -302,7 +303,7 @@ def test_output_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "scale_shift", "biggan"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pooled_text", "scale_shift", "biggan"])
 def test_parameter_gradients_equal_diffusers(name: str) -> None:
     ours, theirs = pair(CONFIGS[name])
     x, t, context = normal(BATCH, 4, 8, 8), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2)
@@ -361,7 +362,18 @@ def test_blocks_that_resample_take_odd_sizes() -> None:
     assert out.shape == (BATCH, 4, 13, 9) and out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd1", "biggan"])
+def test_pooled_text_reaches_networks_without_attention() -> None:
+    levels = {"down_block_types": (DOWN, DOWN), "up_block_types": (UP, UP), "mid_block_type": "UNetMidBlock2D"}
+    ours, _ = pair({**CONFIGS["pooled_text"], **levels})
+    x = normal(BATCH, 4, 8, 8)
+    with torch.no_grad():
+        one, other = (ours(x, 20, normal(BATCH, LENGTH, WIDTH, seed=seed)) for seed in (2, 3))
+    assert (one - other).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="`context` is None"):
+        ours(x, 20)
+
+
+@pytest.mark.parametrize("name", ["sd1", "pooled_text", "biggan"])
 def test_masked_tokens_have_no_influence(name: str) -> None:
     ours, theirs = pair(CONFIGS[name])
     x, t, context = normal(BATCH, 4, 8, 8), torch.tensor([20, 500]), normal(BATCH, LENGTH, WIDTH, seed=2)
@@ -374,7 +386,8 @@ def test_masked_tokens_have_no_influence(name: str) -> None:
         torch.testing.assert_close(ours(x[:1], t[:1], context[:1, :3]), masked[:1], atol=1e-5, rtol=0)
         assert (ours(x, t, context)[0] - masked[0]).abs().max() > 1e-3
         expected = run_diffusers(theirs, x, t, context, {}, encoder_attention_mask=mask)
-    torch.testing.assert_close(masked, expected, atol=1e-4, rtol=0)
+    rows = slice(1, None) if name == "pooled_text" else slice(None)  # diffusers pools padding too
+    torch.testing.assert_close(masked[rows], expected[rows], atol=1e-4, rtol=0)
 
 
 def residuals_for(ours: UNet, x: Tensor, context: Tensor) -> list[Tensor]:
@@ -618,7 +631,9 @@ def test_config_reads_diffusers_private_and_default_keys() -> None:
         ({"norm_eps": -1e-5}, "`norm_eps` is -1e-05; it must be positive"),
         ({"layers_per_block": [2, 0, 2, 2]}, r"`layers_per_block` is \(2, 0, 2, 2\); it must be at least 1"),
         ({"sample_size": 64.5}, "`sample_size` is 64.5; accepted: int or None"),
-        ({"addition_embed_type": "text"}, "`addition_embed_type` is 'text'; accepted: 'text_time' or None"),
+        ({"addition_embed_type": "image"}, "`addition_embed_type` is 'image'; accepted: 'text', 'text_time' or None"),
+        ({"addition_embed_type": "text", "cross_attention_dim": 100}, "`addition_embed_type_num_heads` is 64"),
+        ({"addition_embed_type": "text", "cross_attention_dim": (64, 64, 64, 64)}, "one width for all levels"),
         (
             {"down_block_types": ["AttnDownBlock2D"]},
             "`down_block_types` is .*AttnDownBlock2D.*; accepted: a list",
