@@ -1,6 +1,6 @@
 """One autoencoder trained twice for the same time: by our stage one, and by a plain loop over diffusers' class.
 
-    python benchmarks/stage_one_emoji.py --data FOLDER [--minutes 15] [--config train_configs/emoji/autoencoder.yaml]
+    python benchmarks/stage_one_emoji.py --data FOLDER [--minutes 15] [--config train_configs/emoji/autoencoder-f4.yaml]
         [--slice 30] [--output outputs/stage_one_emoji] [--section.field VALUE ...]
 
 Ours is the task of `train_autoencoder.py` with every loss of the config; the other side is diffusers' `AutoencoderKL`
@@ -64,7 +64,7 @@ Step = Callable[[Tensor, int, float], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="any data source of training with a validation split")
-    parser.add_argument("--config", default="train_configs/emoji/autoencoder.yaml")
+    parser.add_argument("--config", default="train_configs/emoji/autoencoder-f4.yaml")
     parser.add_argument("--minutes", type=float, default=15.0, help="processor time of each side")
     parser.add_argument("--slice", type=float, default=30.0, help="seconds of processor time before the other's turn")
     parser.add_argument("--output", type=Path, default=Path("outputs/stage_one_emoji"))

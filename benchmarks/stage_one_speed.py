@@ -1,6 +1,6 @@
 """A training step of stage one with all losses on: ours beside the straightforward implementation of the same losses.
 
-    python benchmarks/stage_one_speed.py [--config train_configs/emoji/autoencoder.yaml] [--rounds 20]
+    python benchmarks/stage_one_speed.py [--config train_configs/emoji/autoencoder-f4.yaml] [--rounds 20]
         [--section.field VALUE ...]
 
 Straightforward means: the adaptive weight from two `autograd.grad` calls at the decoder's last layer and a third pass
@@ -281,7 +281,7 @@ def report(seconds: dict[str, list[tuple[float, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="train_configs/emoji/autoencoder.yaml")
+    parser.add_argument("--config", default="train_configs/emoji/autoencoder-f4.yaml")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each side")
     args, overrides = parser.parse_known_args()
     config = load_config(AutoencoderTraining, args.config, overrides)
