@@ -57,6 +57,7 @@ class Recipe:
     one_scale: bool = False
 
 
+EPSILON = ("--diffusion.prediction_type", "epsilon", "--diffusion.rescale_betas_zero_snr", "false")
 FLOW = ("--diffusion", "{type: flow}", "--validation.sampler", "euler")
 LOGIT = ("--objective.timestep_sampling", "logit_normal", "--objective.logit_mean")
 RECIPES: dict[str, Recipe] = {
@@ -67,17 +68,16 @@ RECIPES: dict[str, Recipe] = {
     "width_0.05": Recipe("post-hoc average of relative width 0.05", average=("--ema-sigma-rel", "0.05")),
     "width_0.15": Recipe("post-hoc average of relative width 0.15", average=("--ema-sigma-rel", "0.15")),
     "min_snr": Recipe("Min-SNR weights, gamma 5", ("--objective.snr_gamma", "5")),
-    "epsilon": Recipe("epsilon-prediction", ("--diffusion.prediction_type", "epsilon")),
-    "epsilon_min_snr": Recipe(
-        "epsilon-prediction, Min-SNR weights", ("--diffusion.prediction_type", "epsilon", "--objective.snr_gamma", "5")
-    ),
-    "uniform": Recipe("uniform times", ("--objective.timestep_sampling", "uniform")),
+    "epsilon": Recipe("epsilon-prediction", EPSILON),
+    "epsilon_min_snr": Recipe("epsilon-prediction, Min-SNR weights", (*EPSILON, "--objective.snr_gamma", "5")),
+    "noisy": Recipe("logit-normal times, mean 0.5", (*LOGIT, "0.5")),
+    "terminal": Recipe("no zero terminal SNR", ("--diffusion.rescale_betas_zero_snr", "false")),
     "flow": Recipe("rectified flow, logit-normal times (mean 0)", (*FLOW, *LOGIT, "0")),
-    "flow_uniform": Recipe("rectified flow, uniform times", (*FLOW, "--objective.timestep_sampling", "uniform")),
+    "flow_uniform": Recipe("rectified flow, uniform times", FLOW),
     "dropout_0": Recipe("no caption dropout", ("--objective.proportion_empty_prompts", "0")),
     "dropout_0.2": Recipe("caption dropout 0.2", ("--objective.proportion_empty_prompts", "0.2")),
     "one_scale": Recipe("one scale for all latent channels, no shift", one_scale=True),
-    "posterior": Recipe("latents drawn from the posterior", ("--latents.sample_posterior", "true")),
+    "mean": Recipe("the posterior's mean in place of samples", ("--latents.sample_posterior", "false")),
     "constant": Recipe("constant learning rate", ("--optimizer.lr_scheduler", "constant")),
     "linear": Recipe("linearly falling learning rate", ("--optimizer.lr_scheduler", "linear")),
     "no_pooling": Recipe(
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--num-samples", type=int, default=564, help="pictures drawn for each recipe")
+    parser.add_argument("--sampling-steps", type=int, default=25)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.recipes:
@@ -126,7 +127,16 @@ def measure(name: str, args: argparse.Namespace) -> None:
     model = folder / "export"
     own, swapped = velocity_errors(read_model(model))
     flags = ["--suite", "generation", "--model", model, "--data", "emoji", "--num-samples", args.num_samples]
-    flags += ["--num-training", 0, "--clip", f"local-dir:{args.judge}", "--output", folder / "evaluation"]
+    flags += [
+        "--num-training",
+        0,
+        "--steps",
+        args.sampling_steps,
+        "--clip",
+        f"local-dir:{args.judge}",
+        "--output",
+        folder / "evaluation",
+    ]
     run("-m", "ldm.cli.evaluate", *flags)
     report = json.loads((folder / "evaluation" / "report.json").read_text())
     figures = {

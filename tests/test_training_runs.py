@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.cli import data, generate
+from ldm.cli import convert, data, generate
 from ldm.data.shapes import ShapesDataset
 from ldm.data.transforms import to_tensor
 from ldm.networks import LatentClassifier
@@ -678,6 +678,76 @@ def test_a_size_that_would_fail_at_the_first_validation_fails_at_once(
     done = train("train_ldm.py", "--config", config_file(run, stage_two), "--data.resolution", "36")
     assert done.returncode == 2 and not (run / "latents").exists()
     assert done.stderr == "error: `data.resolution` is 36; this autoencoder and U-Net need a multiple of 8\n"
+
+
+# --- averages made afterwards
+
+
+@pytest.fixture(scope="module")
+def snapshots(workshop: Path, tiny_model_folder: Path) -> Path:
+    """A run that kept its averaged weights, killed after its second state and resumed."""
+    content = {**STAGE_TWO, "autoencoder": str(tiny_model_folder)}
+    content["training"] = {**STAGE_TWO["training"], "ema_snapshots": True, "checkpoints_total_limit": 1}
+    command = ("train_ldm.py", "--config", config_file(workshop / "snapshots", content))
+    assert train(*command, patch=AFTER_UPDATE.format(updates=5, signal="SIGKILL", rank=0)).returncode == -9
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    return workshop / "snapshots"
+
+
+def unet_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_average_of_the_same_decay_is_the_one_that_training_made(snapshots: Path, tmp_path: Path) -> None:
+    assert [p.name for p in sorted((snapshots / "ema").iterdir())] == ["step_000002", "step_000004", "step_000006"]
+    assert states(snapshots) == ["step_000006"]
+    convert.run([str(snapshots), str(tmp_path / "same"), "--to", "diffusers", "--ema-decay", "0.9"])
+    expected = unet_of(snapshots / "export")
+    for name, value in unet_of(tmp_path / "same").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_another_average_is_another_model_that_draws(
+    snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert.run([str(snapshots), str(tmp_path / "other"), "--to", "diffusers", "--ema-sigma-rel", "0.01"])
+    assert "3 snapshots give this average with an error of" in capsys.readouterr().err
+    one, other = unet_of(snapshots / "export"), unet_of(tmp_path / "other")
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    report = generate.run(
+        ["-m", str(tmp_path / "other"), "-o", str(tmp_path), "--prompt", "a red circle", "--steps", "2", "--json"]
+    )
+    assert len(report["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--to", "single-file", "--ema-decay", "0.9"], "--ema-decay writes a folder, .* does not go with --to single"),
+        (["--to", "diffusers", "--ema-decay", "1"], "--ema-decay: a decay of 1 lies outside"),
+        (["--to", "diffusers", "--ema-sigma-rel", "0.4"], r"--ema-sigma-rel: a relative width of 0.4 lies outside \(0"),
+        (["--to", "diffusers", "--ema-sigma-rel", "0.1", "--variant", "fp16"], "does not go with --variant"),
+    ],
+)
+def test_averages_that_cannot_be_made_are_refused(
+    argv: list[str], message: str, snapshots: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert.run([str(snapshots), str(tmp_path / "x.safetensors"), *argv])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_snapshots_is_named(tiny_model_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for source, message in ((tiny_model_folder, "is no run folder of train_ldm.py"), (undisturbed, "has no snapshots")):
+        with pytest.raises(ValueError, match=message):
+            convert.run([str(source), str(tmp_path / "x"), "--to", "diffusers", "--ema-decay", "0.9"])
+
+
+def test_stage_one_keeps_no_snapshots(workshop: Path) -> None:
+    argv = ("--config", config_file(workshop / "one", STAGE_ONE), "--training.ema_snapshots", "true")
+    done = train("train_autoencoder.py", *argv)
+    assert done.returncode == 2 and "`training.ema_snapshots` is true; it is for train_ldm.py" in done.stderr
 
 
 # --- other processes and objectives
