@@ -1,7 +1,7 @@
 # make demo          a labelled grid of pictures from the bundled model
 # make test          the whole test suite, as CI runs it
 # make check         linters and type checker
-# make train         both stages on the built-in shapes, as the bundled model was made
+# make train         both stages on the built-in shapes, as the bundled model of the shapes was made
 # make bundle        puts the model that `make train` made into the package, as float16
 # make train-quick   the same on an easier task in a quarter of an hour
 
@@ -20,7 +20,7 @@ $(DONE): pyproject.toml constraints.txt
 	touch $(DONE)
 
 demo: $(DONE)
-	$(RUN)/ldm-generate --prompts-file $(PROMPTS) --seed 1 --grid --output outputs/demo --json > /dev/null
+	$(RUN)/ldm-generate --model shapes --prompts-file $(PROMPTS) --seed 1 --grid --output outputs/demo --json > /dev/null
 	@echo
 	@echo "Pictures: outputs/demo/grid.png"
 	@echo "To train the same model from scratch: make train"
@@ -50,4 +50,4 @@ train-quick: $(DONE)
 
 bundle: $(DONE)
 	$(RUN)/python -c 'import torch; from ldm import TextToImage; \
-		TextToImage.from_pretrained("runs/shapes/ldm-order/export").save_pretrained("ldm/bundled", torch.float16)'
+		TextToImage.from_pretrained("runs/shapes/ldm-order/export").save_pretrained("ldm/bundled/shapes", torch.float16)'

@@ -1,6 +1,6 @@
 """DreamBooth on a model of the shapes: five pictures of a red heart, and what becomes of the rest.
 
-    python -m benchmarks.dreambooth --model ldm/bundled --output runs/dreambooth
+    python -m benchmarks.dreambooth --model shapes --output runs/dreambooth
 
 runs train_configs/shapes/dreambooth.yaml on the model (class pictures and training), then draws with and without the
 LoRA that it leaves: the subject on every background, beside other shapes, and the captions of `ldm-evaluate --suite
@@ -39,7 +39,7 @@ SHOWN = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ldm/bundled")
+    parser.add_argument("--model", default="shapes")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run and the figures")
     parser.add_argument("--num-samples", type=int, default=300, help="captions of each split of the shapes suite")
     parser.add_argument("--num-hearts", type=int, default=10, help="pictures of the subject on each background")

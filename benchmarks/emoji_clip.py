@@ -1,6 +1,7 @@
-"""Trains a small CLIP on captioned pictures: the judge of `ldm-evaluate --suite generation --clip local-dir:DIR`.
+"""Trains a small CLIP on captioned pictures: the start of stage two's text encoder, and with another seed its judge.
 
-    python -m benchmarks.emoji_clip --minutes 10 --output runs/emoji_clip
+    python -m benchmarks.emoji_clip --minutes 10 --output runs/emoji/clip
+    python -m benchmarks.emoji_clip --minutes 10 --seed 1 --output runs/emoji/judge
 
 The image tower is an ImageNet EfficientNet-Lite0, whose weights come in a package, and stays as it is; a head over its
 pooled features and a text transformer are trained against it (Zhai et al. 2022, LiT). Its features are computed once,
@@ -29,7 +30,7 @@ from autoencoder.perceptual import load_efficientnet
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, Source, open_source
 from ldm.data.transforms import to_images
-from ldm.evaluation.text_image import candidate_rows, r_precision
+from ldm.evaluation.text_image import CANDIDATES, candidate_rows, r_precision
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -139,15 +140,18 @@ def train(
 
 def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, Any]:
     """How often the own caption, or picture, is found: among 32 captions, and among all. Each caption stands once."""
+    if len(captions) < 2:
+        return {"pairs": len(captions)}
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
-    similarity, own = images @ texts.T, torch.arange(len(images))
-    candidates = candidate_rows(own.tolist(), len(captions))
+    similarity, own, count = images @ texts.T, torch.arange(len(images)), min(CANDIDATES, len(captions))
+    candidates = candidate_rows(own.tolist(), len(captions), count)
     ranks = {
         "image_to_text": (similarity > similarity.diagonal()[:, None]).sum(1),
         "text_to_image": (similarity > similarity.diagonal()[None]).sum(0),
     }
     found = {f"{way}_top{k}": float((rank < k).float().mean()) for way, rank in ranks.items() for k in (1, 5)}
-    return {"pairs": len(images), "r_precision_32": float(r_precision(images, texts, candidates).mean()), **found}
+    own_found = float(r_precision(images, texts, candidates).mean())
+    return {"pairs": len(images), f"r_precision_{count}": own_found, **found}
 
 
 if __name__ == "__main__":

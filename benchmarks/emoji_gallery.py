@@ -1,6 +1,6 @@
 """The pictures of docs/gallery.md: fixed prompts, their nearest training pictures, sweeps and ways between prompts.
 
-    python -m benchmarks.emoji_gallery --model ldm/bundled --output docs/images/gallery
+    python -m benchmarks.emoji_gallery --model emoji --output docs/images/gallery
 
 Prompt i has seed i. `seen` are names and styles of training pictures, `combinations` names that training holds in
 other styles only, `names` those that it does not hold at all, and `free` what people might type. Under every grid of
@@ -69,7 +69,7 @@ def prompts(groups: tuple[str, ...]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="default: the bundled one")
+    parser.add_argument("--model", default="emoji", help="default: the bundled one")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def main() -> None:
         grid.save(args.output / f"{name}.png")
         print(json.dumps({"set": name, "distances": labels}))
     swept = [seen[i] for i in SWEPT]
-    guided = [image for g in GUIDANCE for image in pipe(swept, guidance_scale=g, seed=0)]
-    stepped = [image for s in STEPS for image in pipe(swept, steps=s, seed=0)]
+    guided = [pipe(seen[i], guidance_scale=scale, seed=i)[0] for scale in GUIDANCE for i in SWEPT]
+    stepped = [pipe(seen[i], steps=count, seed=i)[0] for count in STEPS for i in SWEPT]
     for name, images, values in (("guidance", guided, GUIDANCE), ("steps", stepped, STEPS)):
         labels = [f"{name} {value:g}: {prompt}" for value in values for prompt in swept]
         image_grid(images, len(swept), labels, min_side=96).save(args.output / f"{name}.png")

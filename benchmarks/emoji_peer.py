@@ -1,13 +1,13 @@
 """Our stage two beside diffusers' classes trained by the recipe of its text-to-image example script: equal time.
 
     python -m benchmarks.emoji_peer --autoencoder runs/emoji/autoencoder/export --clip runs/emoji/clip \
-        --judge runs/emoji_judge --output runs/emoji_peer [--steps 1500]
+        --judge runs/emoji/judge --output runs/emoji_peer [--steps 1500]
 
 Ours is `train_ldm.py --config train_configs/emoji/ldm.yaml` for so many steps; its whole time, the encoding of the data
 included, is what the other side gets. That side is the same autoencoder, the same CLIP text tower and a U-Net of the
 same widths as diffusers' and transformers' classes, trained as the script does by default: pictures encoded in every
-step, the text tower frozen, epsilon-prediction of the mean squared error, AdamW at a constant 1e-4 after 500 steps of
-warm-up, batches of 16, an average of the weights (--use_ema). Both draw from the same captions on the same thread.
+step, the text tower frozen, epsilon-prediction of the mean squared error, AdamW at a constant 1e-4, batches of 16, an
+average of the weights (--use_ema). Both draw from the same captions on the same thread.
 
 Both are judged by the generation suite with the same sampler and seeds, ours at the guidance of its config, the other
 at each of several scales, of which its best counts. Writes report_RATE.json.
@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -33,7 +32,7 @@ from benchmarks.emoji_recipes import CLIP, CONFIG, one_scale, run
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, open_source
 
-BATCH, LEARNING_RATE, WARMUP = 16, 1e-4, 500
+BATCH, LEARNING_RATE = 16, 1e-4
 """The script's defaults."""
 GUIDANCE = (1.0, 2.0, 3.0)
 FRECHET, KID = "frechet_efficientnet_lite2", "kid_efficientnet_lite2"
@@ -77,7 +76,7 @@ def ours(args: argparse.Namespace) -> float:
     start = time.monotonic()
     flags = ["--output_dir", args.output / "ours", "--autoencoder", args.autoencoder, "--validation.steps", args.steps]
     flags += ["--text_encoder", CLIP.replace("{trainable}", "true").format(clip=args.clip)]
-    run("train_ldm.py", "--config", CONFIG, *flags, "--training.max_train_steps", args.steps)
+    run("train_ldm.py", "--config", CONFIG, *flags, "--training.max_train_steps", args.steps, "--resume", "never")
     return time.monotonic() - start
 
 
@@ -101,7 +100,6 @@ def train_peer(args: argparse.Namespace, seconds: float, folder: Path) -> int:
     )
     noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), args.learning_rate, (0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    rates = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=WARMUP)
     ema = EMAModel(unet.parameters(), decay=0.9999, model_cls=UNet2DConditionModel, model_config=unet.config)
     pictures, captions = training_data()
     torch.manual_seed(0)
@@ -125,7 +123,6 @@ def train_peer(args: argparse.Namespace, seconds: float, folder: Path) -> int:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        rates.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
         steps += 1

@@ -1,7 +1,7 @@
 """What each choice of the training recipe is worth on the emoji: one run a recipe, all else equal.
 
     python -m benchmarks.emoji_recipes --autoencoder runs/emoji/autoencoder/export --clip runs/emoji/clip \
-        --judge runs/emoji_clip --output runs/emoji_recipes [--recipes base epsilon ...] [--steps 600]
+        --judge runs/emoji/judge --output runs/emoji_recipes [--recipes base epsilon ...] [--steps 600]
 
 Every recipe runs train_ldm.py with train_configs/emoji/ldm.yaml and its overrides for the same steps, then is measured
 on the validation split: the squared error of v at fixed log signal-to-noise ratios, which means the same for every
@@ -28,9 +28,11 @@ from torch import Tensor
 from autoencoder import LatentCodec
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, open_source
-from ldm.pretrained import Model, read_model, read_vae, write_vae
+from ldm.pretrained import Model, read_model, read_vae, write_model, write_vae
 from ldm.process.prediction import from_x0_eps
 from ldm.sampling.denoiser import network_denoiser
+from ldm.tasks.text_to_image import ConditionedUNet
+from ldm.training.run_dir import RunDir, read_state_entry
 
 CONFIG = "train_configs/emoji/ldm.yaml"
 LOG_SNRS = (3.0, 1.0, -1.0, -3.0, -5.0)
@@ -48,12 +50,12 @@ MINILM = f"{{type: transformers, path: {get_model_path()}, max_length: 32}}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs from the base: flags of train_ldm.py, the text encoder, or the average of the base's snapshots."""
+    """What differs from the base: flags of train_ldm.py, the text encoder, or the width of its average."""
 
     title: str
     overrides: tuple[str, ...] = ()
     text_encoder: str | None = None
-    average: tuple[str, ...] = ()
+    width: float | None = None
     one_scale: bool = False
 
 
@@ -62,11 +64,10 @@ FLOW = ("--diffusion", "{type: flow}", "--validation.sampler", "euler")
 LOGIT = ("--objective.timestep_sampling", "logit_normal", "--objective.logit_mean")
 RECIPES: dict[str, Recipe] = {
     "base": Recipe("base: `train_configs/emoji/ldm.yaml`"),
-    "last": Recipe("no average: the last weights", average=("--ema-decay", "0")),
-    "decay_0.9": Recipe("average with decay 0.9", average=("--ema-decay", "0.9")),
-    "decay_0.999": Recipe("average with decay 0.999", average=("--ema-decay", "0.999")),
-    "width_0.05": Recipe("post-hoc average of relative width 0.05", average=("--ema-sigma-rel", "0.05")),
-    "width_0.15": Recipe("post-hoc average of relative width 0.15", average=("--ema-sigma-rel", "0.15")),
+    "last": Recipe("no average: the last weights"),
+    "width_0.05": Recipe("post-hoc average of relative width 0.05", width=0.05),
+    "width_0.15": Recipe("post-hoc average of relative width 0.15", width=0.15),
+    "width_0.25": Recipe("post-hoc average of relative width 0.25", width=0.25),
     "min_snr": Recipe("Min-SNR weights, gamma 5", ("--objective.snr_gamma", "5")),
     "epsilon": Recipe("epsilon-prediction", EPSILON),
     "epsilon_min_snr": Recipe("epsilon-prediction, Min-SNR weights", (*EPSILON, "--objective.snr_gamma", "5")),
@@ -118,9 +119,12 @@ def measure(name: str, args: argparse.Namespace) -> None:
     """Trains or averages, evaluates, and writes NAME/recipe.json."""
     recipe, folder = RECIPES[name], args.output / name
     start = time.monotonic()
-    if recipe.average:
-        source = args.output / "base"
-        run("-m", "ldm.cli.convert", source, folder / "export", "--to", "diffusers", *recipe.average)
+    base = args.output / "base"
+    if name == "last":
+        last_weights(base, folder / "export")
+    elif recipe.width is not None:
+        average = ("--ema-sigma-rel", recipe.width)
+        run("-m", "ldm.cli.convert", base, folder / "export", "--to", "diffusers", *average)
     else:
         train(name, args)
     minutes = round((time.monotonic() - start) / 60, 1)
@@ -141,6 +145,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     report = json.loads((folder / "evaluation" / "report.json").read_text())
     figures = {
         "title": recipe.title,
+        "average": read_model(model).settings.get("average"),
         "steps": args.steps,
         "minutes": minutes,
         "velocity_errors": dict(zip(map(str, LOG_SNRS), own, strict=True)),
@@ -161,8 +166,20 @@ def train(name: str, args: argparse.Namespace) -> None:
     flags += ["--text_encoder", text.format(clip=args.clip) if "{clip}" in text else text]
     flags += ["--training.max_train_steps", args.steps, "--validation.steps", args.steps]
     flags += ["--training.checkpointing_steps", max(1, args.steps // 20), "--training.checkpoints_total_limit", 1]
+    flags += ["--optimizer.lr_warmup_steps", args.steps // 8]
     flags += ["--training.ema_decay", 0.99, "--training.ema_snapshots", str(name == "base").lower()]
     run("train_ldm.py", "--config", CONFIG, *flags, *recipe.overrides)
+
+
+@torch.no_grad()
+def last_weights(run_folder: Path, target: Path) -> None:
+    """The model of a run with the weights of its last step in the place of their average."""
+    model, state = read_model(run_folder / "export"), RunDir(run_folder).newest_intact()
+    if state is None:
+        raise SystemExit(f"{run_folder} has no state that is whole")
+    weights = read_state_entry(state, "network")
+    ConditionedUNet(model.unet, model.text_encoder).load_state_dict(weights)
+    write_model(model, target)
 
 
 def one_scale(source: Path, target: Path) -> Path:

@@ -57,7 +57,7 @@ def main() -> None:
 
 def written(folder: Path, count: int) -> bool:
     """Prints the peak memory above what the model needs for one batch; whether it is within its limit."""
-    encode, source = encoder(read_vae(BUNDLED), 16), open_source("shapes", "train", 64, max_samples=count)
+    encode, source = encoder(read_vae(BUNDLED["shapes"]), 16), open_source("shapes", "train", 64, max_samples=count)
     encode(torch.zeros(16, 3, 64, 64))
     before = reset_peak()
     settings = CacheSettings(source.name, source.fingerprint(), 64, True, False, "bundled", "float16")

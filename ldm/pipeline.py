@@ -20,7 +20,7 @@ from conditioning import Conditioning, PromptSyntax, condition_batches
 from ldm.adapters import LORA_NAMES, MergedLoras, adapted_parts, read_lora
 from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
 from ldm.networks import uncropped
-from ldm.pretrained import BUNDLED, Model, read_model, resolve, write_model
+from ldm.pretrained import BUNDLED, DEFAULT_MODEL, Model, read_model, resolve, write_model
 from ldm.process import at_unit_variance
 from ldm.process.posterior import q_sample
 from ldm.process.prediction import check_choice
@@ -98,7 +98,7 @@ class TextToImage:
         variant: str | None = None,
         allow_pickle: bool = False,
     ) -> TextToImage:
-        """Reads a model folder, a single file in the original layout or a hub id; None is the bundled model.
+        """Reads a folder, a single file in the original layout, a bundled model by name or a hub id; None: the default.
 
         Args:
             revision: branch, tag or commit of a hub id.
@@ -108,7 +108,7 @@ class TextToImage:
         Raises:
             ModelError: one sentence naming the file and the key at fault.
         """
-        model = read_model(BUNDLED if name is None else name, revision, variant, allow_pickle)
+        model = read_model(BUNDLED[DEFAULT_MODEL] if name is None else name, revision, variant, allow_pickle)
         return cls(model, device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:

@@ -30,7 +30,9 @@ from ldm.networks import UNet, UNetConfig
 from ldm.process import ProcessConfig, process_from_dict
 from ldm.single_file import read_single_file
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = {name: Path(__file__).parent / "bundled" / name for name in ("shapes",)}
+"""The models that come with the package, by the names that stand for them."""
+DEFAULT_MODEL = "shapes"
 SETTING_KINDS = {"sampler": str, "num_inference_steps": int, "guidance_scale": float}
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 4096
 """Beyond these a config is damaged, and what it asks for would not fit into memory."""
@@ -62,7 +64,7 @@ def resolve(
     variant: str | None = None,
     files: Sequence[str] | None = None,
 ) -> Path:
-    """A local folder or file, or a hub id downloaded into the Hugging Face cache (read from it when offline).
+    """A local folder or file, the name of a bundled model, or a hub id downloaded into the Hugging Face cache.
 
     Args:
         revision: branch, tag or commit of a hub id.
@@ -75,8 +77,11 @@ def resolve(
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if str(name) in BUNDLED:
+        return BUNDLED[str(name)]
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        raise ModelError(f"{name} is no model folder or file here and no hub id of the form owner/name")
+        known = " or ".join(BUNDLED)
+        raise ModelError(f"{name} is no model folder or file here, not {known}, and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:

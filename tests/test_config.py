@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, PretrainedClip, ScratchClip
-from ldm.config.file import differences, dump_config, flat_settings, load_config, parse_command_line
+from ldm.config.file import completed, differences, dump_config, flat_settings, load_config, parse_command_line
 
 STAGE_ONE = "output_dir: out\n"
 STAGE_TWO = "output_dir: out\nautoencoder: vae\n"
@@ -276,6 +276,16 @@ def test_differences_lists_dotted_keys() -> None:
     after = "a: 2\nb: {c: [1, 3], d: x, f: new}\n"
     assert differences(before, after) == ["a: 1 -> 2", "b.c: [1, 2] -> [1, 3]", "b.f: None -> 'new'"]
     assert differences(before, before) == []
+
+
+def test_a_config_written_before_a_setting_came_is_the_same_config() -> None:
+    now = dump_config(LdmTraining("out", "vae"))
+    before = now.replace("  ema_snapshots: false\n", "")
+    assert before != now
+    assert completed(LdmTraining, before) == now
+    assert differences(completed(LdmTraining, before.replace("\nseed: 0", "\nseed: 1")), now) == ["seed: 1 -> 0"]
+    for other in ("a: 1\n", "- 1\n", "{", ""):
+        assert completed(LdmTraining, other) == other
 
 
 def test_flat_settings_are_dotted_keys_and_plain_values() -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ldm import TextToImage
 from ldm.cli import generate
 from ldm.data.shapes import ShapesDataset
+from ldm.pretrained import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 AWKWARD = [
@@ -277,9 +278,10 @@ def test_an_error_has_no_traceback(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "ldm.cli.generate", "-p", "two", "-m", str(tmp_path / "nothing"), "-o", str(tmp_path)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == f"error: {tmp_path / 'nothing'} is no model folder or file here and no hub id of the form owner/name\n"
+    known = " or ".join(BUNDLED)
+    name = tmp_path / "nothing"
+    assert done.stderr == (
+        f"error: {name} is no model folder or file here, not {known}, and no hub id of the form owner/name\n"
     )
 
 

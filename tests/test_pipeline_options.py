@@ -160,7 +160,7 @@ def test_a_place_off_the_way_is_refused(pipe: TextToImage) -> None:
 
 def test_previews_of_the_bundled_model_show_the_colours_of_its_pictures() -> None:
     """More than half of the variance of real pictures, seen at the latents' resolution, without the decoder."""
-    bundled = TextToImage.from_pretrained()
+    bundled = TextToImage.from_pretrained("shapes")
     side = bundled.default_size
     pictures = torch.stack([to_tensor(ShapesDataset("validation", 8, side)[i]["image"]) for i in range(8)])
     with torch.no_grad():

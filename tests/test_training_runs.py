@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -713,6 +714,8 @@ def test_another_average_is_another_model_that_draws(
 ) -> None:
     convert.run([str(snapshots), str(tmp_path / "other"), "--to", "diffusers", "--ema-sigma-rel", "0.01"])
     assert "3 snapshots give this average with an error of" in capsys.readouterr().err
+    told = json.loads((tmp_path / "other" / "ldm.json").read_text())["average"]
+    assert told["sigma_rel"] == 0.01 and told["snapshots"] == 3 and told["error"] > 0.2
     one, other = unet_of(snapshots / "export"), unet_of(tmp_path / "other")
     assert any(not torch.equal(one[name], other[name]) for name in one)
     report = generate.run(
@@ -721,11 +724,30 @@ def test_another_average_is_another_model_that_draws(
     assert len(report["images"]) == 1
 
 
+def test_snapshots_follow_the_state_that_is_resumed(snapshots: Path, workshop: Path) -> None:
+    """One that is missing is written again, one of a later step removed; a damaged one is named."""
+    run = workshop / "branched"
+    shutil.copytree(snapshots, run)
+    shutil.copytree(run / "ema" / "step_000006", run / "ema" / "step_000009")
+    shutil.rmtree(run / "ema" / "step_000006")
+    content = json.loads(snapshots.with_suffix(".yaml").read_text()) | {"output_dir": str(run)}
+    run.with_suffix(".yaml").write_text(json.dumps(content))
+    done = train("train_ldm.py", "--config", str(run.with_suffix(".yaml")), "--allow-config-change")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in sorted((run / "ema").iterdir())] == ["step_000002", "step_000004", "step_000006"]
+    again, first = (load_file(folder / "ema" / "step_000006" / "ema.safetensors") for folder in (run, snapshots))
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    (run / "ema" / "step_000004" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step_000004/ema\.safetensors is missing or damaged; remove this snapshot"):
+        convert.run([str(run), str(workshop / "x"), "--to", "diffusers", "--ema-sigma-rel", "0.1"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--to", "single-file", "--ema-decay", "0.9"], "--ema-decay writes a folder, .* does not go with --to single"),
-        (["--to", "diffusers", "--ema-decay", "1"], "--ema-decay: a decay of 1 lies outside"),
+        (["--to", "diffusers", "--ema-decay", "1"], r"--ema-decay: a decay of 1 lies outside \[0.9, 1\)"),
+        (["--to", "diffusers", "--ema-decay", "0.5"], r"--ema-decay: a decay of 0.5 lies outside \[0.9, 1\)"),
         (["--to", "diffusers", "--ema-sigma-rel", "0.4"], r"--ema-sigma-rel: a relative width of 0.4 lies outside \(0"),
         (["--to", "diffusers", "--ema-sigma-rel", "0.1", "--variant", "fp16"], "does not go with --variant"),
     ],

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "between the formats of diffusers and kohya.",
         allow_abbrev=False,
     )
-    p.add_argument("source", nargs="?", help="model folder, single file, hub id, or LoRA file")
+    p.add_argument("source", nargs="?", help="model folder, single file, hub id, LoRA file, or run folder")
     p.add_argument("target", nargs="?", help="folder, or a file whose name ends in .safetensors")
     p.add_argument("--to", choices=("diffusers", "single-file", "kohya"), help="what to write")
     p.add_argument("--dtype", choices=DTYPES, default=None, help="of the stored weights (default: as they are)")
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         "--ema-sigma-rel",
         type=float,
         metavar="S",
-        help="SOURCE is a run folder of train_ldm.py with snapshots: write "
-        "its model under the average over the last part S of training",
+        help="SOURCE is a run folder of train_ldm.py with snapshots: write its model under another average of its "
+        "steps, a power of the step whose standard deviation is S of the training",
     )
     average.add_argument("--ema-decay", type=float, metavar="D", help="the same with a moving average of decay D")
     p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
@@ -54,8 +54,8 @@ def run(argv: Sequence[str]) -> str:
     """
     args = parser().parse_args(list(argv))
     if args.check is not None:
-        if args.source is not None or args.to is not None:
-            raise ValueError("--check MODEL writes nothing, so it takes no SOURCE, TARGET and --to")
+        if any(value is not None for value in (args.source, args.to, args.ema_sigma_rel, args.ema_decay)):
+            raise ValueError("--check MODEL writes nothing, so it takes no SOURCE, TARGET, --to and average")
         return report(args.check, args.revision, args.variant, args.allow_pickle)
     if args.source is None or args.target is None or args.to is None:
         raise ValueError("ldm-convert needs SOURCE TARGET --to diffusers|single-file|kohya, or --check MODEL")

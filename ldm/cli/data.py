@@ -129,12 +129,12 @@ def _tokens(model: str | None) -> TokenCounter:
     """The tokenizer of a model; without one CLIP's where open_clip is installed, else the bundled model's."""
     from conditioning import ClipTokenizer
     from ldm.data.inspection import TokenCounter
-    from ldm.pretrained import BUNDLED, resolve
+    from ldm.pretrained import BUNDLED, DEFAULT_MODEL, resolve
 
     if model is None and importlib.util.find_spec("open_clip"):
         clip = importlib.import_module("open_clip.tokenizer").SimpleTokenizer()
         return TokenCounter("CLIP", lambda text: len(clip.encode(text)) + 2)
-    folder = resolve(model or BUNDLED)
+    folder = BUNDLED[DEFAULT_MODEL] if model is None else resolve(model)
     tokenizer = ClipTokenizer.from_pretrained(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     return TokenCounter(model or "bundled model", tokenizer.count, tokenizer.model_max_length)
 

@@ -39,7 +39,11 @@ ROWS = {
 def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     p = argparse.ArgumentParser(prog="ldm-evaluate", description="Measure a model.", allow_abbrev=False)
-    p.add_argument("--model", default=None, help="model folder, vae folder or hub id (default: the bundled model)")
+    p.add_argument(
+        "--model",
+        default=None,
+        help="model folder, vae folder, hub id, emoji or shapes (default: the one of these two that --data is for)",
+    )
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
     p.add_argument("--suite", choices=("generation", "reconstruction", "shapes"), required=True)
@@ -100,6 +104,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     for flag, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; it must be at least 1")
+    args.model = args.model or ("emoji" if args.data == "emoji" and args.suite != "shapes" else "shapes")
     if args.suite == "generation":
         return _generation(args)
     if args.output and (Path(args.output).suffix == ".png" or Path(args.output).is_dir()):
@@ -136,7 +141,7 @@ def _shapes(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
             pipe, args.num_samples, args.seed, args.num_shapes, args.batch_size, bar.update, **wanted
         )
     settings = {
-        "model": args.model or "bundled",
+        "model": args.model,
         "revision": args.revision,
         "steps": pipe.setting("num_inference_steps", steps),
         "guidance_scale": pipe.setting("guidance_scale", scale),
@@ -155,12 +160,12 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     from ldm.data.sources import Columns, open_source
     from ldm.evaluation.features import feature_net, perceptual_distance
     from ldm.evaluation.reconstruction import Pictures, comparison_grid, evaluate_reconstruction
-    from ldm.pretrained import BUNDLED, read_vae, resolve
+    from ldm.pretrained import read_vae, resolve
 
     device = usable_device(args.device)
     perceptual = _judge("--perceptual", perceptual_distance, args.perceptual, args.perceptual_weights, device)
     features = _judge("--features", feature_net, args.features, args.features_weights, device)
-    folder = resolve(args.model or BUNDLED, args.revision, args.variant)
+    folder = resolve(args.model, args.revision, args.variant)
     vae = read_vae(folder, args.variant).to(device)
     resolution = vae.config.sample_size if args.resolution is None else args.resolution
     if resolution < 1 or resolution % vae.downsample_factor:
@@ -172,7 +177,7 @@ def _reconstruction(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Ima
     count = len(figures.psnr)
     _warn(count, pictures.skipped, features)
     settings = {
-        "model": args.model or "bundled",
+        "model": args.model,
         "revision": args.revision,
         "data": source.name,
         "resolution": resolution,

@@ -158,7 +158,7 @@ class GenerationSuite:
                 "Frechet distance only with one of as many pictures"
             )
         return {
-            "model": args.model or "bundled",
+            "model": args.model,
             "revision": args.revision,
             "data": args.data,
             "split": args.split,

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", "-p", action="append", default=[], help="what to draw; may be given several times")
     p.add_argument("--prompts-file", "--from-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--negative-prompt", "-n", default=None, help="what to stay away from")
-    p.add_argument("--model", "-m", default=None, help="model folder, single file or hub id")
+    p.add_argument("--model", "-m", default=None, help="model folder, single file, hub id, emoji or shapes")
     p.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     p.add_argument("--variant", default=None, help="which weight files to read, such as fp16")
     p.add_argument("--allow-pickle", action="store_true", help="read the tensors of .ckpt, .bin and .pt files too")
@@ -253,9 +253,11 @@ def _picture(path: str | None, flag: str) -> Image.Image | None:
 
 
 def _settings(pipe: TextToImage, args: argparse.Namespace) -> dict[str, Any]:
+    from ldm.pretrained import DEFAULT_MODEL
+
     return {
         "negative_prompt": args.negative_prompt,
-        "model": args.model,
+        "model": args.model or DEFAULT_MODEL,
         "revision": args.revision,
         "variant": args.variant,
         "lora": args.lora,
@@ -315,6 +317,8 @@ def png_text(settings: dict[str, Any]) -> PngInfo:
 def _repeated(argv: Sequence[str], png: str) -> argparse.Namespace:
     """The flags of `argv`, with what the PNG holds in the place of the defaults."""
     stored = _stored(png)
+    if stored.get("model", "") is None:
+        stored["model"] = "shapes"  # what drew without a model before its name was written
     prompt, loras = stored.pop("prompt"), stored.pop("lora", [])
     p = parser()
     p.set_defaults(**stored)

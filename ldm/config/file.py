@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import draccus
+import yaml
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, TextEncoderConfig
 
@@ -79,6 +80,14 @@ def dump_config(config: object) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     text: str = draccus.dump(config)
     return text
+
+
+def completed(kind: type[T], text: str) -> str:
+    """A config's YAML with the settings that it lacks at their defaults; as it is if it is no such config."""
+    try:
+        return dump_config(_build(kind, draccus.cfgparsing.parse_string(text)))
+    except (ConfigError, draccus.utils.DraccusException, yaml.YAMLError, ValueError):
+        return text
 
 
 def differences(before: str, after: str) -> list[str]:

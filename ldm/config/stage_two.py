@@ -199,6 +199,10 @@ class LdmTraining:
             isinstance(self.adapter, LoraConfig | NoAdapter) or not self.latents.cache_text,
             "`latents.cache_text` is true, but `adapter` learns a token of the text encoder; it must be false",
         )
+        require(
+            isinstance(self.adapter, NoAdapter) or not self.training.ema_snapshots,
+            "`training.ema_snapshots` is true with an `adapter`; another average is made of whole networks only",
+        )
         if self.prior_preservation.wanted:
             self._check_prior()
 

@@ -101,7 +101,7 @@ class AttentionPooling(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """The pooled context, which every residual block then receives (Saharia et al. 2022, Imagen, section 2.3)."""
+    """The pooled context, which every residual block then receives (Saharia et al. 2022, Imagen, section 2.5)."""
 
     def __init__(self, in_features: int, out_features: int, heads: int) -> None:
         super().__init__()

@@ -54,6 +54,8 @@ class Checkpoint:
         if steps[0] is None:
             return 0
         self._restore(self._read(steps[0]) if found is None else found[1])
+        if self.snapshots and found is not None and not self.run.drop_averages(steps[0]):
+            self._keep_average(steps[0], found[1], print)
         self.accelerator.print(f"resuming {self.run.folder} at step {steps[0]}")
         return steps[0]
 
@@ -66,13 +68,19 @@ class Checkpoint:
         state = whole(self._state(step), self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             try:
-                if self.snapshots:
-                    self.run.keep_average(step, {"ema": state["ema"], "progress": state["progress"]})
                 self.run.save(step, state, self.keep)
             except OSError as error:
                 last = self.run.newest_intact()
                 say(f"step {step}: warning: no state was saved ({error}); the last good one is {last}")
+            if self.snapshots:
+                self._keep_average(step, state, say)
         self.accelerator.wait_for_everyone()
+
+    def _keep_average(self, step: int, state: State, say: Callable[[str], object]) -> None:
+        try:
+            self.run.keep_average(step, {name: state[name] for name in ("ema", "progress")})
+        except OSError as error:
+            say(f"step {step}: warning: the averaged weights were not kept in {self.run.averages} ({error})")
 
     def _state(self, step: int) -> State:
         progress = {

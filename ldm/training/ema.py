@@ -16,12 +16,6 @@ def warmed_decay(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-def warmed_decays(updates: int, decay: float) -> Tensor:
-    """The decays of the first `updates` updates: float64 [updates]."""
-    done = torch.arange(updates, dtype=torch.float64)
-    return ((1 + done) / (10 + done)).clamp(max=decay)
-
-
 class Ema:
     """Keeps avg <- d·avg + (1 - d)·w, with d warmed up as min(decay, (1 + n) / (10 + n)) after n updates.
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderTraining, ClassifierTraining, ConfigError, LdmTraining, TrainingConfig
-from ldm.config.file import Launch, dump_config, flat_settings
+from ldm.config.file import Launch, completed, dump_config, flat_settings
 from ldm.data.order import BatchPlan
 from ldm.training.processes import LostProcess, lost_connection, start_all_processes
 from ldm.training.run_dir import RunDir
@@ -80,7 +81,7 @@ def open_run(accelerator: Accelerator, config: AnyTraining, launch: Launch) -> R
         return trial_run(accelerator)
     run = RunDir(config.output_dir)
     if accelerator.is_main_process:
-        run.prepare(dump_config(config), launch)
+        run.prepare(dump_config(config), launch, partial(completed, type(config)))
     accelerator.wait_for_everyone()
     training, wandb = config.training, {"dir": str(run.logs), "name": run.folder.name}
     settings = None if training.report_to in ("none", "tensorboard") else flat_settings(config)

@@ -1,14 +1,15 @@
-"""Averages of the weights chosen after training, from snapshots taken during it (Karras et al. 2024, section 3).
+"""Averages of the weights chosen after training, from snapshots taken during it (Karras et al. 2024, section 3.2).
 
 A snapshot is the moving average of a run at some step, so it is a known combination of the weights of all steps before
-it: sum over k of response[k] w_k. Any other average with a profile p over the steps is the combination of snapshots
-whose own profile is nearest to p.
+it: sum over k of profile[k] w_k. Any other average is approximated by the combination of snapshots whose own profile
+is nearest to the wished one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from ldm.interop.tensors import ModelError
 from ldm.pretrained import Model, read_model
 from ldm.tasks.text_to_image import ConditionedUNet
-from ldm.training.ema import warmed_decays
-from ldm.training.run_dir import DamagedState, RunDir, read_state
+from ldm.training.ema import warmed_decay
+from ldm.training.run_dir import DamagedState, RunDir, read_state, read_state_entry
 
 POOR_FIT = 0.2
 """Relative error of a profile from which on the snapshots are too few for it."""
@@ -34,9 +35,9 @@ class Average(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The averaged weights of a run after so many updates under a decay."""
+    """Where the averaged weights of a run stand, after how many updates under which decay they were taken."""
 
-    weights: dict[str, Tensor]
+    folder: Path
     updates: int
     decay: float
 
@@ -46,15 +47,15 @@ def exponential_profile(updates: int, decay: float) -> Tensor:
 
     avg_n = d_n avg_{n-1} + (1 - d_n) w_n with the warmed-up d_n of `Ema`; the entries add up to 1.
     """
-    kept = warmed_decays(updates, decay)
-    later = torch.cat([kept.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
-    return later * torch.cat([torch.ones(1, dtype=torch.float64), 1 - kept])
+    kept = torch.tensor([warmed_decay(decay, done) for done in range(updates)], dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    return torch.cat([kept.flip(0).cumprod(0).flip(0), one]) * torch.cat([one, 1 - kept])
 
 
 def power_profile(updates: int, sigma_rel: float) -> Tensor:
-    """The profile p(k) ~ k^gamma of relative width `sigma_rel`: float64 [updates + 1] that adds up to 1.
+    """The profile p(k) ~ k^gamma whose standard deviation is `sigma_rel` of the training: float64 [updates + 1].
 
-    (Karras et al. 2024, equations 1 and 2.) Its width grows with training, 0.1 means a tenth of it.
+    (Karras et al. 2024, equation 1.) Its mean lies at (gamma + 1) / (gamma + 2) of the training; it adds up to 1.
 
     Raises:
         ValueError: `sigma_rel` lies outside (0, 0.28].
@@ -65,7 +66,7 @@ def power_profile(updates: int, sigma_rel: float) -> Tensor:
 
 
 def power_of(sigma_rel: float) -> float:
-    """gamma with sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2) (Karras et al. 2024, equation 3).
+    """gamma with sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2) (Karras et al. 2024, section 3.1).
 
     Raises:
         ValueError: `sigma_rel` lies outside (0, 0.28].
@@ -87,70 +88,92 @@ def combination(responses: Tensor, profile: Tensor) -> tuple[Tensor, float]:
     """
     count = len(responses)
     system = torch.ones(count + 1, count + 1, dtype=torch.float64)
-    system[:count, :count] = responses @ responses.T
     system[count, count] = 0
-    scale = system[:count, :count].diagonal().mean()
-    system[:count, :count] /= scale
+    products = responses @ responses.T
+    scale = products.diagonal().mean()
+    system[:count, :count] = products / scale
     wanted = torch.cat([responses @ profile / scale, torch.ones(1, dtype=torch.float64)])
     found = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:count, 0]
     return found, float((found @ responses - profile).norm() / profile.norm())
 
 
-def read_snapshots(run: RunDir) -> list[Snapshot]:
-    """The snapshots of a run that are whole, oldest first; damaged ones are passed over.
+def coefficients(snapshots: Sequence[Snapshot], profile: Tensor) -> tuple[list[float], float]:
+    """How much of each snapshot makes the average of `profile` [N + 1], and the relative error of that.
 
-    Raises:
-        ModelError: there is none.
+    The snapshots reach N updates at most.
     """
-    found: list[Snapshot] = []
-    for folder in run.snapshots():
-        try:
-            state = read_state(folder)
-            found.append(Snapshot(state["ema"], state["progress"]["ema_updates"], state["progress"]["ema_decay"]))
-        except DamagedState:
-            continue
-    if not found:
-        raise ModelError(f"{run.averages} has no snapshots; they are written with training.ema_snapshots true")
-    return found
-
-
-def average(snapshots: Sequence[Snapshot], profile: Tensor) -> tuple[dict[str, Tensor], float]:
-    """The weights averaged under `profile` [N + 1], and its relative error; the snapshots reach N updates at most."""
     responses = torch.zeros(len(snapshots), len(profile), dtype=torch.float64)
     for row, snapshot in zip(responses, snapshots, strict=True):
         row[: snapshot.updates + 1] = exponential_profile(snapshot.updates, snapshot.decay)
     parts, error = combination(responses, profile)
-    weights = {
-        name: sum(part * snapshot.weights[name].double() for part, snapshot in zip(parts, snapshots, strict=True))
-        for name in snapshots[0].weights
-    }
-    return {name: torch.as_tensor(value).float() for name, value in weights.items()}, error
+    return parts.tolist(), error
+
+
+def weighted_sum(parts: Iterable[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The sum of weights by name, each times its factor, in float64 and one after the other; returned in float32."""
+    total: dict[str, Tensor] = {}
+    for factor, weights in parts:
+        for name, value in weights.items():
+            total[name] = factor * value.double() + total.get(name, 0.0)
+    return {name: value.float() for name, value in total.items()}
+
+
+def read_snapshots(run: RunDir) -> list[Snapshot]:
+    """The snapshots of a run, oldest first.
+
+    Raises:
+        ModelError: there is none, one is damaged, or the decay was changed between them.
+    """
+    found: list[Snapshot] = []
+    for folder in run.snapshots():
+        try:
+            progress = read_state_entry(folder, "progress")
+        except DamagedState as error:
+            raise ModelError(f"{error}; remove this snapshot to do without it") from error
+        found.append(Snapshot(folder, progress["ema_updates"], progress["ema_decay"]))
+    if not found:
+        raise ModelError(f"{run.averages} has no snapshots; they are written with training.ema_snapshots true")
+    if len({snapshot.decay for snapshot in found}) > 1:
+        raise ModelError(f"{run.averages} has snapshots of several values of training.ema_decay; they do not combine")
+    return found
 
 
 def average_of_run(folder: Path, sigma_rel: float | None = None, decay: float | None = None) -> Average:
     """The model in `export/` of a run of `train_ldm.py` under another average: a power profile or an exponential one.
 
     Raises:
-        ModelError: the run has no finished model, no snapshots, or snapshots of other weights than a U-Net's.
+        ModelError: the run has no finished model, or no snapshots that can be combined.
         ValueError: `sigma_rel` or `decay` is out of range.
     """
     run = RunDir(folder)
     if not (run.export / "unet").is_dir():
         raise ModelError(f"{folder} is no run folder of train_ldm.py with a finished model in export/")
-    snapshots, model = read_snapshots(run), read_model(run.export)
-    updates = snapshots[-1].updates
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"a decay of {decay:g} lies outside [0, 1)")
+    snapshots = read_snapshots(run)
+    updates, own = snapshots[-1].updates, snapshots[-1].decay
+    if decay is not None and not own <= decay < 1:
+        raise ValueError(f"a decay of {decay:g} lies outside [{own:g}, 1): snapshots average over at least their own")
     profile = exponential_profile(updates, decay) if decay is not None else power_profile(updates, sigma_rel or 0.0)
-    weights, error = average(snapshots, profile)
+    parts, error = coefficients(snapshots, profile)
+    weights = weighted_sum((part, _weights(snapshot)) for part, snapshot in zip(parts, snapshots, strict=True))
+    model = read_model(run.export)
     _load(ConditionedUNet(model.unet, model.text_encoder), weights, folder)
-    return Average(model, error, len(snapshots))
+    wished = {"decay": decay} if decay is not None else {"sigma_rel": sigma_rel}
+    settings = {**model.settings, "average": {**wished, "error": error, "snapshots": len(snapshots)}}
+    return Average(dataclasses.replace(model, settings=settings), error, len(snapshots))
+
+
+def _weights(snapshot: Snapshot) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = read_state(snapshot.folder)["ema"]
+    except DamagedState as error:
+        raise ModelError(f"{error}; remove this snapshot to do without it") from error
+    return found
 
 
 @torch.no_grad()
 def _load(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     parameters = dict(network.named_parameters())
     if parameters.keys() != weights.keys():
-        raise ModelError(f"{folder} averaged an adapter's weights; a new average can be made of a whole network's only")
+        raise ModelError(f"{folder}: the snapshots are not of the network in export/")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])

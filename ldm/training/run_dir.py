@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,8 +43,10 @@ class RunDir:
         self.export = self.folder / "export"
         self._lock: TextIO | None = None
 
-    def prepare(self, config_yaml: str, launch: Launch) -> None:
+    def prepare(self, config_yaml: str, launch: Launch, completed: Callable[[str], str] = str) -> None:
         """Takes the folder's lock, compares its config with this one's, and writes config.yaml.
+
+        `completed` gives the text of an older config the settings that came since.
 
         Raises:
             ConfigError: when the folder is used and resuming is refused, in use by another process, or its config
@@ -56,7 +58,7 @@ class RunDir:
         self._take_lock()
         path = self.folder / "config.yaml"
         if path.exists() and not launch.allow_config_change:
-            changed = differences(path.read_text(), config_yaml)
+            changed = differences(completed(path.read_text()), config_yaml)
             if changed:
                 raise ConfigError(
                     f"{self.folder} was started with another config ({'; '.join(changed)}); choose another output_dir, "
@@ -89,13 +91,20 @@ class RunDir:
         self._prune(step, keep)
 
     def keep_average(self, step: int, state: State) -> None:
-        """Writes `ema/step_NNNNNN` atomically; it is never pruned, and written anew when the step is trained again.
+        """Writes `ema/step_NNNNNN` atomically; it is never pruned.
 
         Raises:
             OSError: the disk is too full or failed; the temporary folder is gone and the others are untouched.
         """
         self.averages.mkdir(exist_ok=True)
         _publish(self.averages / _name(step), state)
+
+    def drop_averages(self, step: int) -> bool:
+        """Removes the averages of steps after `step`; returns whether that of `step` is there and whole."""
+        for folder in self.snapshots():
+            if _step(folder) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+        return is_intact(self.averages / _name(step))
 
     def _prune(self, step: int, keep: int) -> None:
         """Keeps the newest `keep` states up to `step`; a later one is damaged, or this run would start from it.
@@ -214,6 +223,16 @@ def read_state(folder: Path) -> State:
     """
     names = [file.removesuffix(".json") for file in checked_files(folder) if file.endswith(".json")]
     return {name: _read_entry(folder, name) for name in names}
+
+
+def read_state_entry(folder: Path, name: str) -> Any:
+    """Reads one part of a state, after checking the hashes of all.
+
+    Raises:
+        DamagedState: naming the file that is missing or changed.
+    """
+    checked_files(folder)
+    return _read_entry(folder, name)
 
 
 def checked_files(folder: Path) -> list[str]:
