@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ldm.cli import evaluate
+from ldm.cli import evaluate, evaluate_generation
 from ldm.data.shapes import ShapesDataset
+from ldm.evaluation.generation import judge_pictures
 
 CLIP = {
     "embed_dim": 16,
@@ -199,3 +201,45 @@ def test_bad_input_is_one_sentence(argv: list[str], sentence: str, refused: Any)
 
 def test_the_shapes_suite_takes_one_setting(refused: Any) -> None:
     assert "--steps has 2 values; the shapes suite takes one" in refused("--suite", "shapes", "--steps", "1", "2")
+
+
+# --- what the judges saw, kept
+
+
+def test_a_second_run_reads_what_the_judges_saw_and_reports_the_same(
+    command: list[str], data: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, copied = tmp_path / "cache", tmp_path / "moved data"
+    flags = [*command, "--label-column", "shade", "--feature-cache", str(cache)]
+    first = evaluate.run([*flags, "--output", str(tmp_path / "first")])
+    assert len(list(cache.iterdir())) == 2  # validation and training pictures
+    judged: list[str] = []
+
+    def judge(pictures: Any, *rest: Any) -> Any:
+        judged.append(pictures.source.name)
+        return judge_pictures(pictures, *rest)
+
+    monkeypatch.setattr(evaluate_generation, "judge_pictures", judge)
+    second = evaluate.run([*flags, "--output", str(tmp_path / "second")])
+    assert judged == [] and second == first
+    pages = [(tmp_path / name / "report_copies.png").read_bytes() for name in ("first", "second")]
+    assert pages[0] == pages[1]
+    shutil.copytree(data, copied)
+    flags[flags.index(str(data))] = str(copied)
+    assert evaluate.run(flags)["metrics"] == first["metrics"] and judged == []
+
+
+def test_other_data_other_judges_and_damaged_files_are_judged_anew(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    flags = [*command, "--num-training", "0", "--feature-cache", str(cache)]
+    first = evaluate.run(flags)
+    (file,) = cache.iterdir()
+    for more in (["--num-reference", "5"], ["--clip", "none"], ["--split", "train"]):
+        before = set(cache.iterdir())
+        evaluate.run([*flags, *more])
+        assert len(set(cache.iterdir()) - before) == 1, more
+    file.write_bytes(file.read_bytes()[:-100])
+    assert evaluate.run(flags)["metrics"] == first["metrics"]
+    assert evaluate.run(flags)["metrics"] == first["metrics"]

@@ -84,6 +84,7 @@ def _add_generation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-reference", type=int, default=None, help="pictures of --split (default: --num-samples)")
     group.add_argument("--training-split", default="train", help="of --data, for copies and the classifier")
     group.add_argument("--num-training", type=int, default=10_000, help="pictures of it at most; 0: neither of both")
+    group.add_argument("--feature-cache", default=None, metavar="DIR", help="keep what judges see in the data there")
     group.add_argument("--label-column", default=None, metavar="NAME", help="column of --data to classify pictures by")
     group.add_argument("--bootstrap", type=int, default=200, help="bootstrap samples behind the intervals; 0: none")
 

@@ -20,6 +20,7 @@ from ldm.evaluation.distribution import Figure
 from ldm.evaluation.features import LookFeatures, feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
+from ldm.evaluation.judged_cache import JudgedCache, judges_key
 from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
 from ldm.evaluation.text_image import OpenClip
@@ -42,7 +43,10 @@ class GenerationSuite:
         self.args = args
         self.share, device = process_share(args.device == "cpu")
         self.device = device if self.share.size > 1 else usable_device(args.device)
+        if args.feature_cache is not None and self.share.size > 1:
+            raise ValueError("--feature-cache is read and written by one process; leave it out with several")
         self.judges = judges(args).to(self.device)
+        self.cache = None if args.feature_cache is None else JudgedCache(Path(args.feature_cache), cache_key(args))
         self.pipe = TextToImage.from_pretrained(args.model, self.device, revision=args.revision, variant=args.variant)
         side = self.pipe.default_size if args.resolution is None else args.resolution
         self.fixed: Setting = {"sampler": args.sampler, "height": side, "width": side}
@@ -92,7 +96,11 @@ class GenerationSuite:
         if label and not (isinstance(source, RowSource) and label in source.columns.captions):
             raise ValueError(f"--label-column is {label}, and {args.data} has no such column")
         pictures = Pictures(source, Transform(self.side), count, args.batch_size, self.device)
-        judged = judge_pictures(pictures, self.judges, self.share, label is not None, self._bar(split))
+
+        def judge() -> JudgedSet:
+            return judge_pictures(pictures, self.judges, self.share, label is not None, self._bar(split))
+
+        judged = judge() if self.cache is None else self.cache.get(pictures, self.side, label is not None, judge)
         if pictures.skipped:
             self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
         return pictures, judged
@@ -220,6 +228,13 @@ def judges(args: argparse.Namespace) -> Judges:
         return Judges(args.features, features, text_image, LookFeatures() if args.label_column else None)
     except ValueError as error:
         raise ValueError(f"{flag} {name}: {error}") from error
+
+
+def cache_key(args: argparse.Namespace) -> str:
+    """What tells the judges of these flags from others."""
+    names = (args.features, args.clip, args.label_column)
+    folder = args.clip.partition("local-dir:")[2] or None
+    return judges_key(names, (args.features_weights, args.clip_weights, folder))
 
 
 def report_path(output: str) -> Path:

@@ -1,0 +1,81 @@
+"""Data sets as the judges of the generation suite see them, kept on disk between runs of the command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ldm.data.fingerprint import of_files, of_values
+from ldm.evaluation.generation import JudgedSet, Vectors
+from ldm.evaluation.reconstruction import Pictures
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class JudgedCache:
+    """A folder with one file for every combination of data, number of pictures, resolution and judges.
+
+    Args:
+        judges: what tells these judges from others, see `judges_key`.
+    """
+
+    folder: Path
+    judges: str
+
+    def get(self, pictures: Pictures, resolution: int, labelled: bool, judge: Callable[[], JudgedSet]) -> JudgedSet:
+        """What `judge` makes of the pictures, from the file where there is one; `pictures` is as if it had been read.
+
+        A file that cannot be read is made anew.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        key = of_values([FORMAT, pictures.source.fingerprint(), pictures.count, resolution, labelled, self.judges])
+        path = self.folder / f"{key[:32]}.safetensors"
+        found = _read(path, pictures)
+        if found is None:
+            found = judge()
+            _write(path, pictures, found)
+        return found
+
+
+def judges_key(names: Sequence[object], weights: Sequence[str | Path | None]) -> str:
+    """A hash of the judges' names and of their local files; a folder counts with all of its files."""
+    files: list[str] = []
+    for path in (Path(name) for name in weights if name is not None):
+        files += sorted(map(str, path.rglob("*"))) if path.is_dir() else [str(path)]
+    return of_values([*names, of_files([file for file in files if Path(file).is_file()])])
+
+
+def _read(path: Path, pictures: Pictures) -> JudgedSet | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads(file.metadata()["pictures"])
+            vectors = Vectors(*(file.get_tensor(name) for name in Vectors._fields))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    pictures.indices[:], pictures.skipped[:] = told["indices"], told["skipped"]
+    pictures.captions[:] = [tuple(row) for row in told["columns"]]
+    return JudgedSet(vectors, told["captions"], told["labels"])
+
+
+def _write(path: Path, pictures: Pictures, judged: JudgedSet) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {
+        "indices": pictures.indices,
+        "skipped": pictures.skipped,
+        "columns": pictures.captions,
+        "captions": judged.captions,
+        "labels": judged.labels,
+    }
+    partial = path.with_suffix(".partial")
+    tensors = {name: value.contiguous() for name, value in judged.vectors._asdict().items()}
+    save_file(tensors, partial, metadata={"pictures": json.dumps(told)})
+    os.replace(partial, path)
