@@ -86,18 +86,8 @@ def train_peer(args: argparse.Namespace, seconds: float, folder: Path) -> int:
     model = args.output / "ours" / "export"
     vae = AutoencoderKL.from_pretrained(one_scale(args.autoencoder, args.output / "vae") / "vae").requires_grad_(False)
     tokenizer, text = CLIPTokenizer.from_pretrained(model / "tokenizer"), frozen_text(model, args)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(128, 256),
-        layers_per_block=1,
-        norm_num_groups=16,
-        attention_head_dim=4,
-        cross_attention_dim=text.config.hidden_size,
-    )
+    plain = {"addition_embed_type": None, "resnet_time_scale_shift": "default"}
+    unet = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(model / "unet"), **plain})
     noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), args.learning_rate, (0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     ema = EMAModel(unet.parameters(), decay=0.9999, model_cls=UNet2DConditionModel, model_config=unet.config)
