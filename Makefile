@@ -1,8 +1,8 @@
-# make demo          a labelled grid of pictures from the bundled model
+# make demo          a labelled grid of pictures from the bundled model of the shapes
 # make test          the whole test suite, as CI runs it
 # make check         linters and type checker
 # make train         both stages on the built-in shapes, as the bundled model of the shapes was made
-# make bundle        puts the model that `make train` made into the package, as float16
+# make bundle        puts the model that `make train` made into the package, as float16; make bundle-emoji that of the emoji
 # make train-quick   the same on an easier task in a quarter of an hour
 
 PYTHON ?= python3.11
@@ -11,7 +11,7 @@ RUN := $(VENV)/bin
 DONE := $(VENV)/installed
 PROMPTS := docs/demo_prompts.txt
 
-.PHONY: demo test check train train-quick bundle
+.PHONY: demo test check train train-quick bundle bundle-emoji
 .DELETE_ON_ERROR:
 
 $(DONE): pyproject.toml constraints.txt
@@ -51,3 +51,7 @@ train-quick: $(DONE)
 bundle: $(DONE)
 	$(RUN)/python -c 'import torch; from ldm import TextToImage; \
 		TextToImage.from_pretrained("runs/shapes/ldm-order/export").save_pretrained("ldm/bundled/shapes", torch.float16)'
+
+bundle-emoji: $(DONE)
+	$(RUN)/python -c 'import torch; from ldm import TextToImage; \
+		TextToImage.from_pretrained("runs/emoji/ldm/export").save_pretrained("ldm/bundled/emoji", torch.float16)'

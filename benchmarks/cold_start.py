@@ -15,10 +15,7 @@ import tempfile
 import time
 
 LOAD = "from ldm.pipeline import TextToImage; TextToImage.from_pretrained({model!r})"
-DRAW = (
-    "from ldm.cli.generate import run; "
-    'run(["--prompt", "a large red circle on a white background", "-o", {out!r}, *{flags!r}])'
-)
+DRAW = 'from ldm.cli.generate import run; run(["--prompt", "a red heart", "-o", {out!r}, *{flags!r}])'
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ LOG_SNRS = (3.0, 1.0, -1.0, -3.0, -5.0)
 NOISY = LOG_SNRS[-2:]
 """Where captions decide."""
 ROWS = 256
-CLIP = '{{type: open_clip, name: "local-dir:{clip}", clip_skip: 0, trainable: {trainable}}}'
+CLIP = '{{type: open_clip, name: "local-dir:{clip}", clip_skip: 0, vocabulary: captions, trainable: {trainable}}}'
 SCRATCH = (
     "{type: clip_from_scratch, hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 4096, "
     "max_length: 20}"

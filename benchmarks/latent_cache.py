@@ -3,7 +3,7 @@
     python benchmarks/latent_cache.py write [--pictures 20000]
     python benchmarks/latent_cache.py read [--entries 1000000]
 
-`write` encodes built-in shapes at 64 px with the bundled autoencoder. `read` makes a cache of random latents, 8 x 8 x 8
+`write` encodes built-in shapes at 64 px with the shapes model. `read` makes a cache of random latents, 8 x 8 x 8
 and so one kilobyte each, opens it cold, draws a first batch, then every entry once in training batches of 32, and sets
 the time of a batch beside that of a training step of a small U-Net. Memory is Linux's; what is written goes to a
 temporary folder and is deleted. Ends with 1 if memory or opening time is over its limit, or reading over its share.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,13 @@ class ClipTextModel(nn.Module):
         )
         kept = {n: t for n, t in self.state_dict().items() if not n.startswith((*dropped, "text_projection."))}
         return ClipTextModel.from_state_dict(config, kept)
+
+    def with_vocabulary(self, ids: Sequence[int], bos: int, eos: int, pad: int) -> ClipTextModel:
+        """The same tower with the rows `ids` of its token embedding, and what its start, end and padding are now."""
+        config = replace(self.config, vocab_size=len(ids), bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+        name = "text_model.embeddings.token_embedding.weight"
+        state = self.state_dict()
+        return ClipTextModel.from_state_dict(config, {**state, name: state[name][torch.tensor(ids)]})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors`, which any version of transformers reads."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -44,6 +44,16 @@ class ClipTextEncoder(TextEncoder):
         self.model = model.requires_grad_(trainable)
         self.skip_layers, self.final_norm = skip_layers, final_norm
         self.trainable = trainable
+
+    def restricted(self, captions: Iterable[str]) -> ClipTextEncoder:
+        """The same encoder for texts of the captions' words, with the tokens of these alone: its table is smaller.
+
+        Weights are copied. Other words are read in smaller pieces, down to bytes.
+        """
+        tokenizer, ids = self.tokenizer.restricted(captions)
+        roles = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        model = self.model.with_vocabulary(ids, *roles)
+        return ClipTextEncoder(tokenizer, model, self.skip_layers, self.trainable, self.final_norm)
 
     @property
     def context_dim(self) -> int:

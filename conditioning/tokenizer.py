@@ -132,6 +132,30 @@ class ClipTokenizer:
             raise ValueError(f"the token {token!r} is not found in a text; take a word such as '<heart>'")
         return extended
 
+    def restricted(self, texts: Iterable[str]) -> tuple[ClipTokenizer, list[int]]:
+        """The tokenizer that knows the bytes and the tokens of `texts` only, and the former id of each of its ids.
+
+        Texts made of the same words become the same tokens; other words fall into smaller pieces.
+        """
+        parts = {left + right: (left, right) for left, right in self._merges}
+        names = {index: token for token, index in self._vocab.items()}
+        letters = _byte_letters()
+        roles = {token for token in vars(self.special).values() if token in self._vocab}
+        known = {*letters, *(letter + WORD_END for letter in letters), *roles} & self._vocab.keys()
+        waiting = {names[index] for text in texts for index in self.ids(text) if index in names}
+        while waiting:
+            token = waiting.pop()
+            if token not in known:
+                known.add(token)
+                waiting.update(parts.get(token, ()))
+        kept = [index for token, index in sorted(self._vocab.items(), key=lambda entry: entry[1]) if token in known]
+        vocab = {names[index]: place for place, index in enumerate(kept)}
+        merges = [pair for pair in self._merges if "".join(pair) in known]
+        table = self._tokenizer.get_added_tokens_decoder()
+        added = [table[index] for index in sorted(table)]
+        smaller = ClipTokenizer(vocab, merges, self.special, added, self.model_max_length)
+        return smaller, [*kept, *(index for index in sorted(table) if index not in names)]
+
     def count(self, text: str) -> int:
         """Number of tokens of the whole `text`, start and end token included, before any truncation."""
         return len(self._tokenizer.encode(text).ids)

@@ -255,7 +255,8 @@ def build_text_encoder(
             case OpenClip():
                 encoder = read_open_clip(config.name, config.pretrained)
                 tower = encoder.model.without_last(config.clip_skip)
-                return ClipTextEncoder(encoder.tokenizer, tower, trainable=config.trainable)
+                encoder = ClipTextEncoder(encoder.tokenizer, tower, trainable=config.trainable)
+                return encoder.restricted(captions) if config.vocabulary == "captions" else encoder
             case DualClip():
                 return _dual_clip(config)
             case PretrainedT5():

@@ -30,9 +30,9 @@ from ldm.networks import UNet, UNetConfig
 from ldm.process import ProcessConfig, process_from_dict
 from ldm.single_file import read_single_file
 
-BUNDLED = {name: Path(__file__).parent / "bundled" / name for name in ("shapes",)}
+BUNDLED = {name: Path(__file__).parent / "bundled" / name for name in ("emoji", "shapes")}
 """The models that come with the package, by the names that stand for them."""
-DEFAULT_MODEL = "shapes"
+DEFAULT_MODEL = "emoji"
 SETTING_KINDS = {"sampler": str, "num_inference_steps": int, "guidance_scale": float}
 MAX_TIMESTEPS, MAX_SAMPLE_SIZE = 100_000, 4096
 """Beyond these a config is damaged, and what it asks for would not fit into memory."""

@@ -53,6 +53,15 @@ def test_diffusers_draws_the_same_picture(name: str) -> None:
     assert np.abs(levels(found) - levels(expected)).max() <= 1
 
 
+def test_a_red_heart_is_red_on_white() -> None:
+    """The default model knows what people type first; judged on the mean of eight pictures."""
+    images = TextToImage.from_pretrained()("a red heart", num_images=8, seed=0)
+    mean = np.mean([levels(image) for image in images], axis=0)
+    middle, corner = mean[24:40, 24:40].mean((0, 1)), mean[:4, :4].mean((0, 1))
+    assert middle[0] > 180 and middle[1:].max() < 110
+    assert corner.min() > 230
+
+
 def test_the_default_is_one_of_them() -> None:
     assert DEFAULT_MODEL in BUNDLED
     assert read_model(DEFAULT_MODEL).card == (BUNDLED[DEFAULT_MODEL] / "README.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import draccus
 
@@ -50,11 +51,13 @@ class OpenClip(TextEncoderConfig):
     """A text tower of open_clip, exported as a plain CLIP; `clip_skip` 1 takes the penultimate states, as SD 2.
 
     `name` is an architecture with `pretrained`, a tag or a checkpoint file, or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`.
+    With `vocabulary` captions it keeps the tokens of the training captions only, for a tower that learnt no others.
     """
 
     name: str = "ViT-H-14"
     pretrained: str | None = None
     clip_skip: int = 1
+    vocabulary: Literal["whole", "captions"] = "whole"
     trainable: bool = False
 
 
