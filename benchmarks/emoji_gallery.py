@@ -23,6 +23,7 @@ from ldm.data.transforms import to_images, to_tensor
 from ldm.evaluation.features import feature_net
 from ldm.evaluation.grid import image_grid
 from ldm.evaluation.memorisation import Neighbours
+from ldm.evaluation.reconstruction import Pictures
 from ldm.pipeline import TextToImage
 
 SEEN = (
@@ -100,9 +101,9 @@ class Copies:
     """The training pictures of the emoji in feature space."""
 
     def __init__(self) -> None:
-        self.source = open_source("emoji", "train", 64, Columns("image", ("text",)))
-        self.net, self.transform = feature_net("efficientnet_lite2"), Transform(64)
-        self.features = torch.cat([self.net(self._pixels(i, i + 64)) for i in range(0, len(self.source), 64)])
+        source = open_source("emoji", "train", 64, Columns("image", ("text",)))
+        self.net, self.pictures = feature_net("efficientnet_lite2"), Pictures(source, Transform(64), len(source), 64)
+        self.features = torch.cat([self.net(batch) for batch in self.pictures.batches()])
 
     def nearest(self, images: list[Image.Image]) -> tuple[list[Image.Image], list[str]]:
         """For each picture the training picture nearest to it, and its caption with the distance."""
@@ -110,14 +111,10 @@ class Copies:
         found = Neighbours.of(features, self.features)
         rows = found.indices.tolist()
         labels = [
-            f"{self.source[row].captions[0]} ({distance:.2f})"
+            f"{self.pictures.captions[row][0]} ({distance:.2f})"
             for row, distance in zip(rows, found.distances.tolist(), strict=True)
         ]
-        return to_images(torch.cat([self._pixels(row, row + 1) for row in rows])), labels
-
-    def _pixels(self, first: int, end: int) -> torch.Tensor:
-        rows = range(first, min(end, len(self.source)))
-        return torch.stack([self.transform(self.source[row], 0, 0) for row in rows])
+        return to_images(self.pictures.again(rows)), labels
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from benchmarks.emoji_recipes import CLIP, CONFIG, one_scale, run
+from ldm.build import build_text_encoder
+from ldm.config.text_encoders import OpenClip
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, open_source
+from ldm.evaluation.reconstruction import Pictures
 
 BATCH, LEARNING_RATE = 16, 1e-4
 """The script's defaults."""
@@ -85,7 +88,7 @@ def train_peer(args: argparse.Namespace, seconds: float, folder: Path) -> int:
     start = time.monotonic()
     model = args.output / "ours" / "export"
     vae = AutoencoderKL.from_pretrained(one_scale(args.autoencoder, args.output / "vae") / "vae").requires_grad_(False)
-    tokenizer, text = CLIPTokenizer.from_pretrained(model / "tokenizer"), frozen_text(model, args)
+    tokenizer, text = frozen_text(args)
     plain = {"addition_embed_type": None, "resnet_time_scale_shift": "default"}
     unet = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(model / "unet"), **plain})
     noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -128,23 +131,20 @@ def train_peer(args: argparse.Namespace, seconds: float, folder: Path) -> int:
     return steps
 
 
-def frozen_text(model: Path, args: argparse.Namespace) -> CLIPTextModel:
-    """The text tower of the CLIP as transformers' class, before our side trained it on."""
-    from ldm.build import build_text_encoder
-    from ldm.config.text_encoders import OpenClip
-
+def frozen_text(args: argparse.Namespace) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text tower of the CLIP as transformers' classes."""
     tower = build_text_encoder(OpenClip(f"local-dir:{args.clip}", clip_skip=0), [], 0, args.output / "tokenizer")
-    text = CLIPTextModel.from_pretrained(model / "text_encoder")
-    state = {key.removeprefix("text_model."): value for key, value in tower.model.state_dict().items()}
-    text.load_state_dict(state, strict=True)
-    return text.eval().requires_grad_(False)
+    folders = args.output / "text_encoder", args.output / "tokenizer"
+    tower.save_parts(args.output)
+    text = CLIPTextModel.from_pretrained(folders[0]).eval().requires_grad_(False)
+    return CLIPTokenizer.from_pretrained(folders[1]), text
 
 
 def training_data() -> tuple[Tensor, list[tuple[str, ...]]]:
     """All pictures [N, 3, 64, 64] in [-1, 1] and their captions."""
-    source, transform = open_source("emoji", "train", 64, Columns("image", ("captions", "text"))), Transform(64)
-    examples = [source[i] for i in range(len(source))]
-    return torch.stack([transform(e, 0, 0) for e in examples]), [e.captions for e in examples]
+    source = open_source("emoji", "train", 64, Columns("image", ("captions", "text")))
+    pictures = Pictures(source, Transform(64), len(source), 64)
+    return torch.cat(list(pictures.batches())), pictures.captions
 
 
 def judged(args: argparse.Namespace, model: Path, scales: list[object]) -> list[dict[str, object]]:

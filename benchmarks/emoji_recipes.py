@@ -159,8 +159,8 @@ def train(name: str, args: argparse.Namespace) -> None:
     """Runs train_ldm.py with the recipe's overrides."""
     recipe, autoencoder, latents = RECIPES[name], args.autoencoder, args.output / "latents"
     if recipe.one_scale:
-        autoencoder, latents = one_scale(args.autoencoder, args.output / "one_scale_autoencoder"), args.output / name
-        latents = latents / "latents"
+        autoencoder = one_scale(args.autoencoder, args.output / "one_scale_autoencoder")
+        latents = args.output / "one_scale_latents"
     text = (recipe.text_encoder or CLIP).replace("{trainable}", "true")
     flags = ["--output_dir", args.output / name, "--autoencoder", autoencoder, "--latents.folder", latents]
     flags += ["--text_encoder", text.format(clip=args.clip) if "{clip}" in text else text]

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ldm.interop.tensors import ModelError
 from ldm.pretrained import Model, read_model
 from ldm.tasks.text_to_image import ConditionedUNet
 from ldm.training.ema import warmed_decay
-from ldm.training.run_dir import DamagedState, RunDir, read_state, read_state_entry
+from ldm.training.run_dir import DamagedState, RunDir, read_state_entry
 
 POOR_FIT = 0.2
 """Relative error of a profile from which on the snapshots are too few for it."""
@@ -126,10 +126,7 @@ def read_snapshots(run: RunDir) -> list[Snapshot]:
     """
     found: list[Snapshot] = []
     for folder in run.snapshots():
-        try:
-            progress = read_state_entry(folder, "progress")
-        except DamagedState as error:
-            raise ModelError(f"{error}; remove this snapshot to do without it") from error
+        progress = _entry(folder, "progress")
         found.append(Snapshot(folder, progress["ema_updates"], progress["ema_decay"]))
     if not found:
         raise ModelError(f"{run.averages} has no snapshots; they are written with training.ema_snapshots true")
@@ -154,7 +151,9 @@ def average_of_run(folder: Path, sigma_rel: float | None = None, decay: float | 
         raise ValueError(f"a decay of {decay:g} lies outside [{own:g}, 1): snapshots average over at least their own")
     profile = exponential_profile(updates, decay) if decay is not None else power_profile(updates, sigma_rel or 0.0)
     parts, error = coefficients(snapshots, profile)
-    weights = weighted_sum((part, _weights(snapshot)) for part, snapshot in zip(parts, snapshots, strict=True))
+    weights = weighted_sum(
+        (part, _entry(snapshot.folder, "ema")) for part, snapshot in zip(parts, snapshots, strict=True)
+    )
     model = read_model(run.export)
     _load(ConditionedUNet(model.unet, model.text_encoder), weights, folder)
     wished = {"decay": decay} if decay is not None else {"sigma_rel": sigma_rel}
@@ -162,12 +161,11 @@ def average_of_run(folder: Path, sigma_rel: float | None = None, decay: float | 
     return Average(dataclasses.replace(model, settings=settings), error, len(snapshots))
 
 
-def _weights(snapshot: Snapshot) -> dict[str, Tensor]:
+def _entry(folder: Path, name: str) -> Any:
     try:
-        found: dict[str, Tensor] = read_state(snapshot.folder)["ema"]
+        return read_state_entry(folder, name)
     except DamagedState as error:
         raise ModelError(f"{error}; remove this snapshot to do without it") from error
-    return found
 
 
 @torch.no_grad()
