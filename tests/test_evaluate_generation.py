@@ -15,13 +15,13 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from ldm.cli import evaluate, evaluate_generation
 from ldm.data.shapes import ShapesDataset
-from ldm.evaluation.generation import judge_pictures
+from ldm.evaluation.generation import draw, judge_pictures
 
 CLIP = {
     "embed_dim": 16,
@@ -108,8 +108,8 @@ def test_the_report_its_page_and_its_pictures(
     assert set(report["reference"]["metrics"]) == {"clip_score", "r_precision", "shade_accuracy"}
     assert report["reference"]["metrics"]["shade_accuracy"] == 1.0
     assert report["settings"] == {
-        "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation", "caption_column": "text",
-        "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
+        "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation",
+        "caption_split": "validation", "caption_column": "text", "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
         "clip": clip, "candidates": 3, "num_reference": 6, "num_training": 12, "label_column": "shade",
         "bootstrap": 20, "skipped": 0,
     }  # fmt: skip
@@ -121,6 +121,23 @@ def test_the_report_its_page_and_its_pictures(
     with Image.open(output / "report_copies.png") as sheet:
         assert sheet.width == 6 * (96 + 8) + 8
     assert "warning: 6 pictures are fewer than the 16 features" in said.err
+
+
+def test_the_captions_of_another_split_are_drawn_beside_the_same_reference(
+    command: list[str], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = list[Any]()
+
+    def drawn(pipe: Any, prompts: Any, *rest: Any, **settings: Any) -> Any:
+        sets.append(draw(pipe, prompts, *rest, **settings).judged)
+        return draw(pipe, prompts, *rest, **settings)
+
+    monkeypatch.setattr(evaluate_generation, "draw", drawn)
+    flags = ["--num-samples", "8", "--num-reference", "6", "--label-column", "shade", "--caption-split", "train"]
+    report = evaluate.run([*command, *flags])
+    rows = load_dataset("parquet", data_files=str(data / "train.parquet"), split="train")[:8]
+    assert (sets[0].captions, sets[0].labels) == (rows["text"], rows["shade"])
+    assert (report["settings"]["caption_split"], report["settings"]["num_reference"]) == ("train", 6)
 
 
 def test_a_sweep_measures_every_pair_and_draws_a_chart(command: list[str], tmp_path: Path) -> None:
@@ -192,6 +209,7 @@ def test_the_clip_alone_over_the_built_in_shapes(command: list[str]) -> None:
         (["--sampler", "magic"], "magic"),
         (["--num-samples", "3"], "precision and recall need more than 3 pictures on each side, got 3 and 3"),
         (["--split", "absent"], "absent"),
+        (["--caption-split", "missing"], "missing"),
         (["--output", "report.png"], "--output is report.png; it must be a .json file or a folder"),
     ],
 )

@@ -81,6 +81,7 @@ def _add_generation_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--clip-weights", default=None, metavar="FILE", help="checkpoint of that architecture")
     group.add_argument("--candidates", type=int, default=32, help="captions that R-precision chooses among")
+    group.add_argument("--caption-split", default=None, help="draw the captions of this split (default: --split)")
     group.add_argument("--num-reference", type=int, default=None, help="pictures of --split (default: --num-samples)")
     group.add_argument("--training-split", default="train", help="of --data, for copies and the classifier")
     group.add_argument("--num-training", type=int, default=10_000, help="pictures of it at most; 0: neither of both")

@@ -58,13 +58,21 @@ class GenerationSuite:
         reference, held_out = self._judged(args.split, args.num_reference or args.num_samples)
         wanted = args.num_training and self.judges.features is not None
         training, known = self._judged(args.training_split, args.num_training) if wanted else (None, None)
+        prompts = self._prompts(held_out)
         comparison = Comparison(
-            self.judges, held_out, known, args.label_column, args.candidates, args.bootstrap, args.seed
+            self.judges,
+            held_out,
+            known,
+            args.label_column,
+            args.candidates,
+            prompts.captions,
+            args.bootstrap,
+            args.seed,
         )
         attained = comparison.of_reference()  # before anything is drawn: it refuses sets that are too small
         runs, pictures = list[Run](), dict[str, Image.Image]()
         for setting in self.settings:
-            drawn = self._draw(held_out, setting)
+            drawn = self._draw(prompts, setting)
             if self.share.rank == 0:
                 runs.append(Run(setting["guidance_scale"], setting["steps"], comparison.figures(drawn.judged)))
                 pictures |= self._pictures(comparison, drawn, training, setting)
@@ -89,26 +97,38 @@ class GenerationSuite:
         return found
 
     def _judged(self, split: str, count: int) -> tuple[Pictures, JudgedSet]:
-        """The first `count` readable pictures of a split of `--data`."""
+        """The first `count` readable pictures of a split of `--data`, as the judges see them."""
+        pictures, labelled = self._read(split, count), self.args.label_column is not None
+
+        def judge() -> JudgedSet:
+            return judge_pictures(pictures, self.judges, self.share, labelled, self._bar(split))
+
+        judged = judge() if self.cache is None else self.cache.get(pictures, self.side, labelled, judge)
+        if pictures.skipped:
+            self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
+        return pictures, judged
+
+    def _prompts(self, reference: JudgedSet) -> JudgedSet:
+        """The captions to draw: the reference's, or the first of another split, whose pictures no judge sees."""
+        args = self.args
+        if args.caption_split in (None, args.split):
+            return reference
+        pictures = self._read(args.caption_split, args.num_samples)
+        return judge_pictures(pictures, Judges("none", None, None), self.share, args.label_column is not None)
+
+    def _read(self, split: str, count: int) -> Pictures:
+        """The first `count` readable pictures of a split of `--data`, with their captions and labels."""
         args, label = self.args, self.args.label_column
         columns = Columns(args.image_column, (args.caption_column, *([label] if label else [])))
         source = open_source(args.data, split, self.side, columns, seed=args.seed)
         if label and not (isinstance(source, RowSource) and label in source.columns.captions):
             raise ValueError(f"--label-column is {label}, and {args.data} has no such column")
-        pictures = Pictures(source, Transform(self.side), count, args.batch_size, self.device)
+        return Pictures(source, Transform(self.side), count, args.batch_size, self.device)
 
-        def judge() -> JudgedSet:
-            return judge_pictures(pictures, self.judges, self.share, label is not None, self._bar(split))
-
-        judged = judge() if self.cache is None else self.cache.get(pictures, self.side, label is not None, judge)
-        if pictures.skipped:
-            self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
-        return pictures, judged
-
-    def _draw(self, reference: JudgedSet, setting: Setting) -> Drawn:
+    def _draw(self, prompts: JudgedSet, setting: Setting) -> Drawn:
         args, bar = self.args, self._bar(f"guidance {setting['guidance_scale']:g}, {setting['steps']} steps")
         size, settings = args.batch_size, {**setting, **self.fixed}
-        return draw(self.pipe, reference, args.num_samples, size, self.judges, self.share, args.seed, bar, **settings)
+        return draw(self.pipe, prompts, args.num_samples, size, self.judges, self.share, args.seed, bar, **settings)
 
     def _pictures(
         self, comparison: Comparison, drawn: Drawn, training: Pictures | None, setting: Setting
@@ -170,6 +190,7 @@ class GenerationSuite:
             "revision": args.revision,
             "data": args.data,
             "split": args.split,
+            "caption_split": args.caption_split or args.split,
             "caption_column": args.caption_column,
             "resolution": self.side,
             "sampler": self.pipe.setting("sampler", args.sampler),

@@ -104,7 +104,7 @@ def judge_pictures(
 
 def draw(
     pipe: TextToImage,
-    reference: JudgedSet,
+    prompts: JudgedSet,
     count: int,
     batch_size: int,
     judges: Judges,
@@ -113,18 +113,17 @@ def draw(
     progress: Callable[[Sequence[int]], Any] = iter,
     **settings: Any,
 ) -> Drawn:
-    """Draws picture i with seed + i from the caption of reference picture i; the captions start again at their end."""
-    rows = [i % len(reference) for i in range(count)]
-    captions = [reference.captions[row] for row in rows]
+    """Draws picture i with seed + i from caption i of a set; the captions start again at their end."""
+    rows = [i % len(prompts.captions) for i in range(count)]
+    captions = [prompts.captions[row] for row in rows]
 
     def batch(first: int) -> tuple[Vectors, list[Image.Image]]:
-        prompts = captions[first : first + batch_size]
-        images = pipe(prompts, seed=seed + first, batch_size=batch_size, **settings)
+        images = pipe(captions[first : first + batch_size], seed=seed + first, batch_size=batch_size, **settings)
         pixels = torch.stack([to_tensor(image) for image in images]).to(pipe.device)
         return judges(pixels), images[: max(0, SHOWN - first)]
 
     parts = share.map(progress(range(0, count, batch_size)), batch)
-    labels = [reference.labels[row] for row in rows] if reference.labels else []
+    labels = [prompts.labels[row] for row in rows] if prompts.labels else []
     judged = JudgedSet(Vectors.cat([vectors for vectors, _ in parts]), captions, labels)
     return Drawn(judged, [image for _, images in parts for image in images])
 
@@ -137,6 +136,7 @@ class Comparison:
         training: pictures that may have been memorised, and from whose labels a classifier is trained; None: neither.
         label: what the labels are called, None without them.
         candidates: captions that R-precision chooses among.
+        captions: those that pictures are drawn from, where they are not the reference's; candidates too.
         bootstrap: bootstrap samples behind every interval; 0 gives intervals without width.
 
     Raises:
@@ -148,6 +148,7 @@ class Comparison:
     training: JudgedSet | None = None
     label: str | None = None
     candidates: int = CANDIDATES
+    captions: Sequence[str] = ()
     bootstrap: int = 200
     seed: int = 0
 
@@ -208,8 +209,8 @@ class Comparison:
 
     @cached_property
     def _pool(self) -> Mapping[str, int]:
-        """The different captions of the reference, numbered."""
-        return {caption: row for row, caption in enumerate(dict.fromkeys(self.reference.captions))}
+        """The different captions that may be asked for, numbered."""
+        return {caption: row for row, caption in enumerate(dict.fromkeys([*self.reference.captions, *self.captions]))}
 
     @cached_property
     @torch.no_grad()
