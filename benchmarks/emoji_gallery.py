@@ -21,9 +21,12 @@ from ldm.data.emoji import STYLES
 from ldm.data.sources import Columns, open_source
 from ldm.data.transforms import to_images, to_tensor
 from ldm.evaluation.features import feature_net
+from ldm.evaluation.generation import JudgedSet, Judges, judge_pictures
 from ldm.evaluation.grid import image_grid
+from ldm.evaluation.judged_cache import JudgedCache, judges_key
 from ldm.evaluation.memorisation import Neighbours
 from ldm.evaluation.reconstruction import Pictures
+from ldm.evaluation.sharing import Share
 from ldm.pipeline import TextToImage
 
 SEEN = (
@@ -60,6 +63,7 @@ GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)
 STEPS = (5, 10, 25, 50, 100)
 WAYS = ((0, 31), (8, 18), (9, 23))
 """Pairs of the seen prompts to walk between."""
+NET = "efficientnet_lite2"
 
 
 def prompts(groups: tuple[str, ...]) -> list[str]:
@@ -72,13 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="default: the bundled one")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--feature-cache", type=Path, metavar="DIR", help="keep the features of the training pictures")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     pipe = TextToImage.from_pretrained(args.model)
     seen = prompts(SEEN)
     sets = {"seen": seen, "combinations": prompts(COMBINATIONS), "names": prompts(NAMES), "free": list(FREE)}
     drawn = {name: pipe(captions, seed=0, batch_size=32) for name, captions in sets.items()}
-    copies = Copies()
+    copies = Copies(args.feature_cache)
     for name, images in drawn.items():
         nearest, labels = copies.nearest(images)
         rows = [half for i in range(0, len(images), 8) for half in (images[i : i + 8], nearest[i : i + 8])]
@@ -100,10 +105,16 @@ def main() -> None:
 class Copies:
     """The training pictures of the emoji in feature space."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path | None) -> None:
         source = open_source("emoji", "train", 64, Columns("image", ("text",)))
-        self.net, self.pictures = feature_net("efficientnet_lite2"), Pictures(source, Transform(64), len(source), 64)
-        self.features = torch.cat([self.net(batch) for batch in self.pictures.batches()])
+        self.pictures = Pictures(source, Transform(64), len(source), 64)
+        self.net = feature_net(NET)
+
+        def judge() -> JudgedSet:
+            return judge_pictures(self.pictures, Judges(NET, self.net, None), Share(), labelled=False)
+
+        kept = None if cache is None else JudgedCache(cache, judges_key((NET,), ()))
+        self.features = (judge() if kept is None else kept.get(self.pictures, 64, False, judge)).vectors.features
 
     def nearest(self, images: list[Image.Image]) -> tuple[list[Image.Image], list[str]]:
         """For each picture the training picture nearest to it, and its caption with the distance."""

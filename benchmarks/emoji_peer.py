@@ -7,7 +7,7 @@ Ours is `train_ldm.py --config train_configs/emoji/ldm.yaml` for so many steps; 
 included, is what the other side gets. That side is the same autoencoder, the same CLIP text tower and a U-Net of the
 same widths as diffusers' and transformers' classes, trained as the script does by default: pictures encoded in every
 step, the text tower frozen, epsilon-prediction of the mean squared error, AdamW at a constant 1e-4, batches of 16, an
-average of the weights (--use_ema). Both draw from the same captions on the same thread.
+average of the weights (--use_ema). Both draw from the same captions, on the same thread in fp32.
 
 Both are judged by the generation suite with the same sampler and seeds, ours at the guidance of its config, the other
 at each of several scales, of which its best counts. Writes report_RATE.json.
@@ -79,7 +79,8 @@ def ours(args: argparse.Namespace) -> float:
     start = time.monotonic()
     flags = ["--output_dir", args.output / "ours", "--autoencoder", args.autoencoder, "--validation.steps", args.steps]
     flags += ["--text_encoder", CLIP.replace("{trainable}", "true").format(clip=args.clip)]
-    run("train_ldm.py", "--config", CONFIG, *flags, "--training.max_train_steps", args.steps, "--resume", "never")
+    flags += ["--training.mixed_precision", "no", "--training.max_train_steps", args.steps, "--resume", "never"]
+    run("train_ldm.py", "--config", CONFIG, *flags)
     return time.monotonic() - start
 
 

@@ -68,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
     "width_0.05": Recipe("post-hoc average of relative width 0.05", width=0.05),
     "width_0.15": Recipe("post-hoc average of relative width 0.15", width=0.15),
     "width_0.25": Recipe("post-hoc average of relative width 0.25", width=0.25),
+    "bf16": Recipe("bf16, on a CPU that multiplies it", ("--training.mixed_precision", "bf16")),
     "min_snr": Recipe("Min-SNR weights, gamma 5", ("--objective.snr_gamma", "5")),
     "epsilon": Recipe("epsilon-prediction", EPSILON),
     "epsilon_min_snr": Recipe("epsilon-prediction, Min-SNR weights", (*EPSILON, "--objective.snr_gamma", "5")),
@@ -165,6 +166,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     flags = ["--output_dir", args.output / name, "--autoencoder", autoencoder, "--latents.folder", latents]
     flags += ["--text_encoder", text.format(clip=args.clip) if "{clip}" in text else text]
     flags += ["--training.max_train_steps", args.steps, "--validation.steps", args.steps]
+    flags += ["--training.mixed_precision", "no"]
     flags += ["--training.checkpointing_steps", max(1, args.steps // 20), "--training.checkpoints_total_limit", 1]
     flags += ["--optimizer.lr_warmup_steps", args.steps // 8]
     flags += ["--training.ema_decay", 0.99, "--training.ema_snapshots", str(name == "base").lower()]

@@ -19,8 +19,10 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from autoencoder import AutoencoderKL
 from ldm.cli import evaluate, evaluate_generation
 from ldm.data.shapes import ShapesDataset
+from ldm.evaluation.features import LookFeatures
 from ldm.evaluation.generation import draw, judge_pictures
 
 CLIP = {
@@ -230,7 +232,7 @@ def test_a_second_run_reads_what_the_judges_saw_and_reports_the_same(
     cache, copied = tmp_path / "cache", tmp_path / "moved data"
     flags = [*command, "--label-column", "shade", "--feature-cache", str(cache)]
     first = evaluate.run([*flags, "--output", str(tmp_path / "first")])
-    assert len(list(cache.iterdir())) == 2  # validation and training pictures
+    assert len(list(cache.iterdir())) == 4  # validation and training pictures, as they are and decoded
     judged: list[str] = []
 
     def judge(pictures: Any, *rest: Any) -> Any:
@@ -261,3 +263,34 @@ def test_other_data_other_judges_and_damaged_files_are_judged_anew(
     file.write_bytes(file.read_bytes()[:-100])
     assert evaluate.run(flags)["metrics"] == first["metrics"]
     assert evaluate.run(flags)["metrics"] == first["metrics"]
+
+
+def test_labels_are_read_from_what_this_autoencoder_makes_of_the_data(
+    command: list[str], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, decoded = list[torch.Tensor](), list[torch.Tensor]()
+    look, decode = LookFeatures.forward, AutoencoderKL.reconstruct
+
+    def looked(self: LookFeatures, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return look(self, x)
+
+    def reconstructed(self: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+        decoded.append(decode(self, x))
+        return decoded[-1]
+
+    monkeypatch.setattr(LookFeatures, "forward", looked)
+    monkeypatch.setattr(AutoencoderKL, "reconstruct", reconstructed)
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    flags = [*command, "--label-column", "shade", "--feature-cache", str(cache)]
+    evaluate.run(flags)
+    real = seen[1 : len(decoded) + 1]  # the first call asks for the number of features
+    assert len(decoded) == 3 + 6 and len(seen) == 1 + len(decoded) + 3
+    assert all(torch.equal(x, y.clamp(-1, 1)) for x, y in zip(real, decoded, strict=True))
+    shutil.copytree(tiny_model_folder, other)
+    vae = AutoencoderKL.from_pretrained(other / "vae")
+    vae.decoder.conv_out.weight.data += 1
+    vae.save_pretrained(other / "vae")
+    before = set(cache.iterdir())
+    evaluate.run([str(other) if flag == str(tiny_model_folder) else flag for flag in flags])
+    assert len(set(cache.iterdir()) - before) == 2  # the undecoded pictures are the same

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, RowSource, open_source
 from ldm.evaluation.distribution import Figure
-from ldm.evaluation.features import LookFeatures, feature_net
+from ldm.evaluation.features import Decoded, LookFeatures, feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
 from ldm.evaluation.judged_cache import JudgedCache, judges_key
@@ -25,6 +26,7 @@ from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
 from ldm.evaluation.text_image import OpenClip
 from ldm.pipeline import TextToImage
+from ldm.training.run_dir import weights_hash
 from ldm.training.shared_evaluation import process_share
 
 Setting = Mapping[str, Any]
@@ -46,7 +48,6 @@ class GenerationSuite:
         if args.feature_cache is not None and self.share.size > 1:
             raise ValueError("--feature-cache is read and written by one process; leave it out with several")
         self.judges = judges(args).to(self.device)
-        self.cache = None if args.feature_cache is None else JudgedCache(Path(args.feature_cache), cache_key(args))
         self.pipe = TextToImage.from_pretrained(args.model, self.device, revision=args.revision, variant=args.variant)
         side = self.pipe.default_size if args.resolution is None else args.resolution
         self.fixed: Setting = {"sampler": args.sampler, "height": side, "width": side}
@@ -97,16 +98,31 @@ class GenerationSuite:
         return found
 
     def _judged(self, split: str, count: int) -> tuple[Pictures, JudgedSet]:
-        """The first `count` readable pictures of a split of `--data`, as the judges see them."""
-        pictures, labelled = self._read(split, count), self.args.label_column is not None
+        """The first `count` readable pictures of a split of `--data`, as the judges see them.
 
-        def judge() -> JudgedSet:
-            return judge_pictures(pictures, self.judges, self.share, labelled, self._bar(split))
-
-        judged = judge() if self.cache is None else self.cache.get(pictures, self.side, labelled, judge)
+        Labels are read from what the model's autoencoder makes of them, as they are from generated pictures.
+        """
+        pictures, look = self._read(split, count), self.judges.look
+        judged = self._kept(pictures, replace(self.judges, look=None), cache_key(self.args), split)
+        if isinstance(look, LookFeatures):
+            vae = self.pipe.model.vae
+            key = "" if self.args.feature_cache is None else judges_key(("look", weights_hash(vae)), ())
+            decoded = Judges("none", None, None, Decoded(vae, look))
+            looks = self._kept(self._read(split, count), decoded, key, f"{split}, {self.args.label_column}")
+            judged = replace(judged, vectors=judged.vectors._replace(look=looks.vectors.look))
         if pictures.skipped:
             self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
         return pictures, judged
+
+    def _kept(self, pictures: Pictures, judges: Judges, key: str, title: str) -> JudgedSet:
+        """What judges see, from the cache where there is one."""
+        labelled = self.args.label_column is not None
+
+        def judge() -> JudgedSet:
+            return judge_pictures(pictures, judges, self.share, labelled, self._bar(title))
+
+        folder = self.args.feature_cache
+        return judge() if folder is None else JudgedCache(Path(folder), key).get(pictures, self.side, labelled, judge)
 
     def _prompts(self, reference: JudgedSet) -> JudgedSet:
         """The captions to draw: the reference's, or the first of another split, whose pictures no judge sees."""
@@ -253,7 +269,7 @@ def judges(args: argparse.Namespace) -> Judges:
 
 def cache_key(args: argparse.Namespace) -> str:
     """What tells the judges of these flags from others."""
-    names = (args.features, args.clip, args.label_column)
+    names = (args.features, args.clip)
     folder = args.clip.partition("local-dir:")[2] or None
     return judges_key(names, (args.features_weights, args.clip_weights, folder))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import LPIPS, EfficientNetFeatureDistance
+from autoencoder import LPIPS, Autoencoder, EfficientNetFeatureDistance
 from autoencoder.perceptual import EFFICIENTNETS, FeatureDistance, load_efficientnet
 from ldm.data.text import first_line
 from ldm.evaluation.text_image import OpenClip
@@ -139,6 +139,20 @@ class LookFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stages = self.net.stages(x.float())
         return torch.cat([moment for maps in stages for moment in (maps.mean((2, 3)), maps.std((2, 3)))], 1)
+
+
+class Decoded(nn.Module):
+    """A network's features of pictures as an autoencoder gives them back, clamped to [-1, 1]: real pictures as a latent
+    diffusion would draw them at its very best."""
+
+    def __init__(self, vae: Autoencoder, net: LookFeatures) -> None:
+        super().__init__()
+        self.vae, self.net, self.dim = vae, net, net.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = next(self.vae.parameters()).dtype
+        features: Tensor = self.net(self.vae.reconstruct(x.to(dtype)).float().clamp(-1, 1))
+        return features
 
 
 FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip

@@ -6,9 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SHORT = 256
+"""Keys up to which attention in bf16 on a CPU is written out: torch's kernel takes up to five times as long there."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, equation 1).
+
+    Args:
+        q, k, v: [B, heads, N, d], [B, heads, L, d] twice.
+        mask: bool, broadcast to [B, heads, N, L]; True where a query sees a key, once in every row at least.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
+
 
 class Attention(nn.Module):
-    """Multi-head softmax(q kᵀ / sqrt(d)) v (Vaswani et al. 2017, equation 1) and an output projection."""
+    """Multi-head attention and an output projection."""
 
     def __init__(self, dim: int, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -24,8 +42,7 @@ class Attention(nn.Module):
         `mask` is [B, 1, 1, L], with a True in every row.
         """
         q, k, v = (_split_heads(a, self.heads) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = self.to_out[0](out.transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out[0](attend(q, k, v, mask).transpose(1, 2).flatten(2))
         return out
 
 
@@ -54,8 +71,7 @@ class JointAttention(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (0, pixels.shape[1]), value=True)
         q, k, v = (_split_heads(a, self.heads) for a in (self.to_q(pixels), keys, values))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = _pixels(self.to_out[0](out.transpose(1, 2).flatten(2)), x.shape[-2:]) + x
+        x = _pixels(self.to_out[0](attend(q, k, v, mask).transpose(1, 2).flatten(2)), x.shape[-2:]) + x
         return x
 
 

@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def place(config: AnyTraining) -> Accelerator:
-    """The accelerator: processes, devices, precision and accumulation. On CPU everything is fp32, whatever is asked."""
+    """The accelerator: processes, devices, precision and accumulation."""
     keep_heap()
     stop_with_parent()
     start_all_processes()
@@ -40,7 +40,7 @@ def place(config: AnyTraining) -> Accelerator:
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     training, folder = config.training, config.output_dir
     accelerator = accelerator_kind(config)(
-        mixed_precision=training.mixed_precision if on_gpu else "no",
+        mixed_precision=usable_precision(training.mixed_precision, on_gpu),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=trackers(training.report_to) or None,
         project_config=ProjectConfiguration(folder, os.path.join(folder, "logs")),
@@ -49,6 +49,14 @@ def place(config: AnyTraining) -> Accelerator:
     )
     set_seed(config.seed)
     return accelerator
+
+
+def usable_precision(asked: str, on_gpu: bool) -> str:
+    """`training.mixed_precision` where it can be had. A CPU computes in bf16 only with instructions for its products
+    (AVX-512 BF16 or AMX) and else in fp32: without them a step would take hundreds of times as long."""
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    return asked if on_gpu or (asked == "bf16" and native) else "no"
 
 
 def trackers(report_to: str) -> list[str]:

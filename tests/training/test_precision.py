@@ -6,9 +6,11 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.training.launch import usable_precision
 from ldm.training.precision import LossScaling
 
 
@@ -92,3 +94,22 @@ def test_only_a_scale_is_kept_in_a_state() -> None:
     assert scaling(None).parts() == {}
     kept = scaling(2.0**12)
     assert kept.parts() == {"loss_scale": kept}
+
+
+@pytest.mark.parametrize(
+    ("asked", "features", "used"),
+    [
+        ("bf16", {"avx512_bf16": True}, "bf16"),
+        ("bf16", {"amx_bf16": True}, "bf16"),
+        ("bf16", {"avx512_f": True, "avx512_bf16": False}, "no"),
+        ("bf16", {}, "no"),
+        ("fp16", {"avx512_bf16": True, "amx_fp16": True}, "no"),
+        ("no", {"avx512_bf16": True}, "no"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_only_where_it_multiplies_it(
+    asked: str, features: dict[str, bool], used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert usable_precision(asked, on_gpu=False) == used
+    assert usable_precision(asked, on_gpu=True) == asked
