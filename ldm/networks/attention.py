@@ -22,7 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1) @ v
+    mixed: Tensor = scores.softmax(dim=-1) @ v
+    return mixed
 
 
 class Attention(nn.Module):

@@ -54,7 +54,7 @@ def place(config: AnyTraining) -> Accelerator:
 def usable_precision(asked: str, on_gpu: bool) -> str:
     """`training.mixed_precision` where it can be had. A CPU computes in bf16 only with instructions for its products
     (AVX-512 BF16 or AMX) and else in fp32: without them a step would take hundreds of times as long."""
-    features = getattr(torch.cpu, "get_capabilities", dict)()
+    features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     native = features.get("avx512_bf16") or features.get("amx_bf16")
     return asked if on_gpu or (asked == "bf16" and native) else "no"
 
