@@ -113,8 +113,8 @@ class Copies:
         def judge() -> JudgedSet:
             return judge_pictures(self.pictures, Judges(NET, self.net, None), Share(), labelled=False)
 
-        kept = None if cache is None else JudgedCache(cache, judges_key((NET,), ()))
-        self.features = (judge() if kept is None else kept.get(self.pictures, 64, False, judge)).vectors.features
+        kept = JudgedCache(cache, judges_key((NET,), ()))
+        self.features = kept.get(self.pictures, 64, False, judge).vectors.features
 
     def nearest(self, images: list[Image.Image]) -> tuple[list[Image.Image], list[str]]:
         """For each picture the training picture nearest to it, and its caption with the distance."""

@@ -131,8 +131,9 @@ def test_the_captions_of_another_split_are_drawn_beside_the_same_reference(
     sets = list[Any]()
 
     def drawn(pipe: Any, prompts: Any, *rest: Any, **settings: Any) -> Any:
-        sets.append(draw(pipe, prompts, *rest, **settings).judged)
-        return draw(pipe, prompts, *rest, **settings)
+        found = draw(pipe, prompts, *rest, **settings)
+        sets.append(found.judged)
+        return found
 
     monkeypatch.setattr(evaluate_generation, "draw", drawn)
     flags = ["--num-samples", "8", "--num-reference", "6", "--label-column", "shade", "--caption-split", "train"]

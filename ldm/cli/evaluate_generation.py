@@ -104,10 +104,9 @@ class GenerationSuite:
         """
         pictures, look = self._read(split, count), self.judges.look
         judged = self._kept(pictures, replace(self.judges, look=None), cache_key(self.args), split)
-        if isinstance(look, LookFeatures):
+        if look is not None:
             vae = self.pipe.model.vae
-            key = "" if self.args.feature_cache is None else judges_key(("look", weights_hash(vae)), ())
-            decoded = Judges("none", None, None, Decoded(vae, look))
+            decoded, key = Judges("none", None, None, Decoded(vae, look)), judges_key(("look", weights_hash(vae)), ())
             looks = self._kept(self._read(split, count), decoded, key, f"{split}, {self.args.label_column}")
             judged = replace(judged, vectors=judged.vectors._replace(look=looks.vectors.look))
         if pictures.skipped:
@@ -122,7 +121,8 @@ class GenerationSuite:
             return judge_pictures(pictures, judges, self.share, labelled, self._bar(title))
 
         folder = self.args.feature_cache
-        return judge() if folder is None else JudgedCache(Path(folder), key).get(pictures, self.side, labelled, judge)
+        cache = JudgedCache(None if folder is None else Path(folder), key)
+        return cache.get(pictures, self.side, labelled, judge)
 
     def _prompts(self, reference: JudgedSet) -> JudgedSet:
         """The captions to draw: the reference's, or the first of another split, whose pictures no judge sees."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,8 @@ PERCEPTUAL = ("efficientnet_lite0", "efficientnet_lite2", "lpips_vgg", "lpips_al
 class FeatureNet(Protocol):
     """Images [B, 3, H, W] in [-1, 1] -> features [B, dim]."""
 
-    dim: int
+    @property
+    def dim(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -141,18 +143,21 @@ class LookFeatures(nn.Module):
         return torch.cat([moment for maps in stages for moment in (maps.mean((2, 3)), maps.std((2, 3)))], 1)
 
 
-class Decoded(nn.Module):
+@dataclass(frozen=True)
+class Decoded:
     """A network's features of pictures as an autoencoder gives them back, clamped to [-1, 1]: real pictures as a latent
     diffusion would draw them at its very best."""
 
-    def __init__(self, vae: Autoencoder, net: LookFeatures) -> None:
-        super().__init__()
-        self.vae, self.net, self.dim = vae, net, net.dim
+    vae: Autoencoder
+    net: FeatureNet
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def dim(self) -> int:
+        return self.net.dim
+
+    def __call__(self, x: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
-        features: Tensor = self.net(self.vae.reconstruct(x.to(dtype)).float().clamp(-1, 1))
-        return features
+        return self.net(self.vae.reconstruct(x.to(dtype)).float().clamp(-1, 1))
 
 
 FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip

@@ -23,10 +23,11 @@ class JudgedCache:
     """A folder with one file for every combination of data, number of pictures, resolution and judges.
 
     Args:
+        folder: None keeps nothing.
         judges: what tells these judges from others, see `judges_key`.
     """
 
-    folder: Path
+    folder: Path | None
     judges: str
 
     def get(self, pictures: Pictures, resolution: int, labelled: bool, judge: Callable[[], JudgedSet]) -> JudgedSet:
@@ -37,6 +38,8 @@ class JudgedCache:
         Raises:
             OSError: the file cannot be written.
         """
+        if self.folder is None:
+            return judge()
         key = of_values([FORMAT, pictures.source.fingerprint(), pictures.count, resolution, labelled, self.judges])
         path = self.folder / f"{key[:32]}.safetensors"
         found = _read(path, pictures)
