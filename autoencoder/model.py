@@ -152,10 +152,14 @@ class AutoencoderKL(ConvolutionalAutoencoder):
         """Posterior over raw latents [B, C, H/f, W/f] of images [B, 3, H, W] in [-1, 1]; see `moments`."""
         return DiagonalGaussian(self.moments(x))
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """Encode, take z = mean + std * noise (None: the posterior's mode), decode; a distributed wrapper calls it."""
+    def forward(self, x: Tensor, noise: Tensor | None = None, error: Tensor | None = None) -> Reconstruction:
+        """Encode, take z = mean + std * noise (None: the posterior's mode), decode; a distributed wrapper calls it.
+
+        `error` [B, C, h, w] is added to z before it is decoded.
+        """
         moments = self.moments(x)
-        features = self.decode_features(DiagonalGaussian(moments).sample(noise))
+        z = DiagonalGaussian(moments).sample(noise)
+        features = self.decode_features(z if error is None else z + error.to(z))
         return Reconstruction(self.decoder.conv_out(features), features, moments)
 
     @classmethod

@@ -177,10 +177,20 @@ def vq_config(config: AutoencoderTraining) -> VQConfig:
 def build_bottleneck(
     config: AutoencoderTraining, vae: Autoencoder, reduce_mean: Callable[[Tensor], Tensor]
 ) -> Bottleneck:
-    """How the latents are regularised while the autoencoder trains."""
+    """How the latents are regularised while the autoencoder trains.
+
+    Raises:
+        ConfigError: `latent_noise` for the latents of a codebook.
+    """
     if isinstance(vae, VQModel):
+        if config.latent_noise > 0:
+            raise ConfigError(
+                f"`latent_noise` is {config.latent_noise}, but `pretrained` has a codebook, which decodes its own "
+                "codes only; it must be 0"
+            )
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
-    return GaussianBottleneck(config.loss.kl, vae.latent_channels, vae.downsample_factor)
+    error = config.latent_noise / vae.config.scaling_factor
+    return GaussianBottleneck(config.loss.kl, vae.latent_channels, vae.downsample_factor, error)
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:

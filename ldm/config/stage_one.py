@@ -108,13 +108,16 @@ class AutoencoderTraining:
 
     `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
     `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
-    alone. With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
+    alone. `latent_noise` makes that decoder bear stage two's errors: it is the tau of the noise levels |N(0, tau^2)|,
+    one for each picture, in units of the latents' standard deviation. With `codebook.num_vq_embeddings` the autoencoder
+    is a `VQModel`, whose shape `autoencoder` gives.
     """
 
     output_dir: str
     seed: int = 0
     pretrained: str | None = None
     freeze_encoder: bool = False
+    latent_noise: float = 0.0
     scaling_factor: float | None = None
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
@@ -129,6 +132,7 @@ class AutoencoderTraining:
 
     def __post_init__(self) -> None:
         require_at_least(self, "", 1, "statistics_samples")
+        require_at_least(self, "", 0, "latent_noise")
         require_positive(self, "", "scaling_factor")
         require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
         require(not self.training.ema_snapshots, "`training.ema_snapshots` is true; it is for train_ldm.py")
@@ -170,6 +174,11 @@ class AutoencoderTraining:
         require(
             self.pretrained is not None or not self.freeze_encoder,
             "`freeze_encoder` is true and `pretrained` null; a new encoder must be trained, so it must be false",
+        )
+        require(
+            self.latent_noise == 0 or self.freeze_encoder,
+            f"`latent_noise` is {self.latent_noise} and `freeze_encoder` false; it must be 0, a new encoder would "
+            "outgrow it",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

@@ -48,17 +48,25 @@ class GaussianBottleneck:
         weight: of the KL, 1e-6 in the published recipe.
         latent_channels: C.
         downsample_factor: by which latents are smaller than images, whatever their shape.
+        error: tau; each picture's latent is decoded with Gaussian noise of standard deviation |N(0, tau^2)| added, in
+            the units of the raw latents (Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders,
+            noise-augmented decoding).
     """
 
     term = "kl"
 
-    def __init__(self, weight: float, latent_channels: int, downsample_factor: int) -> None:
+    def __init__(self, weight: float, latent_channels: int, downsample_factor: int, error: float = 0.0) -> None:
         self.weight, self.latent_channels, self.downsample_factor = weight, latent_channels, downsample_factor
+        self.error = error
 
     def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
         height, width = (side // self.downsample_factor for side in image.shape[2:])
-        noise = randn_rows((len(rows), self.latent_channels, height, width), rows)
-        out: Reconstruction = model(image, noise.to(image.device))
+        shape = (len(rows), self.latent_channels, height, width)
+        noise, error = randn_rows(shape, rows).to(image.device), None
+        if self.error > 0:
+            level = self.error * randn_rows((len(rows), 1, 1, 1), rows).abs()
+            error = (level * randn_rows(shape, rows)).to(image.device)
+        out: Reconstruction = model(image, noise, error)
         kl = out.posterior.kl().mean()
         return Bottled(out.image, out.features, self.weight * kl if kl.requires_grad else None, {"kl": kl.detach()})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import os
 import shutil
 import signal
@@ -161,8 +162,10 @@ def parameter_count(module: nn.Module) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; what ends it is one sentence on stderr.
 
-    The exit code is 2 for bad input, 1 for a loss that stays non-finite or a lost process, 130 for Ctrl-C.
+    The exit code is 2 for bad input, 1 for a loss that stays non-finite or a lost process, 130 for Ctrl-C. A crash in
+    a library's native code says on which line of Python it happened.
     """
+    faulthandler.enable()
     try:
         main()
     except (ConfigError, ValueError, OSError, FloatingPointError, LostProcess) as error:

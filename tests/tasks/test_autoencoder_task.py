@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from autoencoder import AutoencoderConfig, AutoencoderKL, discriminator_loss, nll
+from autoencoder import AutoencoderConfig, AutoencoderKL, Reconstruction, discriminator_loss, nll
 from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
 from ldm.build import (
     build_autoencoder,
@@ -35,6 +35,7 @@ from ldm.interop.checkpoint import read_folder
 from ldm.networks import UNet, UNetConfig
 from ldm.pretrained import Model, write_model
 from ldm.process import DiffusionConfig
+from ldm.seeds import generator
 from ldm.single_file import write_single_file
 from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.optim import adamw
@@ -259,8 +260,11 @@ def test_a_pretrained_start_is_the_pretrained_model(tmp_path: Path, pretrained: 
     assert not equal(run.weights(), dict(pretrained.state_dict())) and file.read_bytes() == before
 
 
-def test_a_frozen_encoder_stays_bit_equal_while_the_decoder_trains(tmp_path: Path, pretrained: AutoencoderKL) -> None:
-    run = Run(tuning(tmp_path / "model", freeze_encoder=True))
+@pytest.mark.parametrize("latent_noise", [0.0, 0.5])
+def test_a_frozen_encoder_stays_bit_equal_while_the_decoder_trains(
+    tmp_path: Path, pretrained: AutoencoderKL, latent_noise: float
+) -> None:
+    run = Run(tuning(tmp_path / "model", freeze_encoder=True, latent_noise=latent_noise))
     for step in range(3):
         terms = run.step(step)
         assert terms["kl"].item() > 0
@@ -268,6 +272,34 @@ def test_a_frozen_encoder_stays_bit_equal_while_the_decoder_trains(tmp_path: Pat
     for name, value in pretrained.state_dict().items():
         frozen = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(run.vae.state_dict()[name], value) == frozen, name
+
+
+def test_latent_noise_has_levels_from_a_half_normal_in_units_of_the_latents(
+    tmp_path: Path, pretrained: AutoencoderKL
+) -> None:
+    """Level |N(0, tau^2)|, so their mean is tau sqrt(2 / pi) and their mean square tau^2; each within 4 errors."""
+    asked: list[Tensor] = []
+
+    def model(image: Tensor, noise: Tensor, error: Tensor) -> Reconstruction:
+        asked.append(error * SHAPE.scaling_factor)
+        return pretrained(image, noise, error)
+
+    bottleneck = build_bottleneck(tuning(tmp_path / "model", freeze_encoder=True, latent_noise=0.5), pretrained, abs)
+    rows = [generator(7, "latent", row) for row in range(2000)]
+    with torch.no_grad():
+        bottleneck(model, torch.zeros(2000, 3, 16, 16), rows, 0)  # type: ignore[arg-type]  # called as a module is
+    levels = asked[0].square().mean((1, 2, 3)).sqrt()
+    assert levels.mean().item() == pytest.approx(0.5 * (2 / math.pi) ** 0.5, rel=4 * 0.017)
+    assert levels.square().mean().item() == pytest.approx(0.25, rel=4 * 0.032)
+    assert (asked[0] / levels.view(-1, 1, 1, 1)).mean().abs().item() < 4 / (2000 * 256) ** 0.5
+
+
+def test_latent_noise_is_added_to_the_sample_that_is_decoded(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    x, z = batch(0).image, torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        posterior = pretrained.encode(x)
+        expected = pretrained.decode(posterior.mean + posterior.std * z[0] + 0.3 * z[1])
+        assert_close(pretrained(x, z[0], 0.3 * z[1]).image, expected)
 
 
 def test_the_kl_of_a_frozen_encoder_is_not_in_the_loss(tmp_path: Path, pretrained: AutoencoderKL) -> None:

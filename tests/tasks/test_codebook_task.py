@@ -195,6 +195,14 @@ def test_folding_a_spread_by_channel_would_change_the_codes() -> None:
         fold_into_convolutions(vq(config()), torch.zeros(3), torch.ones(3))
 
 
+def test_latent_noise_is_refused_for_codes(tmp_path: Path) -> None:
+    vq(config()).save_pretrained(tmp_path / "vae")
+    plain = {"autoencoder": AutoencoderConfig(), "codebook": CodebookConfig(), "pretrained": str(tmp_path)}
+    chosen = config(**plain, freeze_encoder=True, latent_noise=0.5)
+    with pytest.raises(ConfigError, match=r"`latent_noise` is 0\.5, but `pretrained` has a codebook"):
+        task_of(chosen, build_autoencoder(chosen))
+
+
 def test_a_frozen_encoder_keeps_its_codebook(tmp_path: Path) -> None:
     vq(config()).save_pretrained(tmp_path / "vae")
     plain = CodebookConfig(update="ema")

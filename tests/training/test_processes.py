@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,3 +108,10 @@ def test_an_error_in_the_loop_names_the_newest_intact_state(tmp_path: Path, monk
         last_state_named(run),
     ):
         raise closed
+
+
+def test_a_crash_in_native_code_names_the_line_of_python() -> None:
+    code = "import os; from ldm.training.launch import run_command\ndef main(): os.abort()\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr and "line 2 in main" in done.stderr
