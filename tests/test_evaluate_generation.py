@@ -22,8 +22,8 @@ from PIL import Image
 from autoencoder import AutoencoderKL
 from ldm.cli import evaluate, evaluate_generation
 from ldm.data.shapes import ShapesDataset
-from ldm.evaluation.features import LookFeatures
 from ldm.evaluation.generation import draw, judge_pictures
+from ldm.evaluation.label_reader import LabelReader, pixels
 
 CLIP = {
     "embed_dim": 16,
@@ -108,7 +108,7 @@ def test_the_report_its_page_and_its_pictures(
     run = {"guidance_scale": 3.0, "steps": 1, "metrics": report["metrics"], "intervals": report["intervals"]}
     assert report["runs"] == [run]
     assert set(report["reference"]["metrics"]) == {"clip_score", "r_precision", "shade_accuracy"}
-    assert report["reference"]["metrics"]["shade_accuracy"] == 1.0
+    assert report["reference"]["metrics"]["shade_accuracy"] > 0.8  # the untrained decoder leaves little of a shade
     assert report["settings"] == {
         "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation",
         "caption_split": "validation", "caption_column": "text", "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
@@ -200,7 +200,7 @@ def test_the_clip_alone_over_the_built_in_shapes(command: list[str]) -> None:
         (["--bootstrap", "-1"], "--bootstrap is -1; it must be at least 0"),
         (["--num-reference", "0"], "--num-reference is 0; it must be at least 1"),
         (["--features", "none", "--clip", "none"], "--features and --clip are none, so there is nothing to measure"),
-        (["--features", "none", "--label-column", "shade"], "--label-column trains a classifier"),
+        (["--num-training", "0", "--label-column", "shade"], "--label-column trains a classifier"),
         (["--label-column", "style"], "--label-column is style, and "),
         (["--data", "shapes", "--label-column", "style"], "--label-column is style, and shapes has no such column"),
         (["--features", "resnet"], "--features resnet: not one of efficientnet_lite0"),
@@ -233,7 +233,7 @@ def test_a_second_run_reads_what_the_judges_saw_and_reports_the_same(
     cache, copied = tmp_path / "cache", tmp_path / "moved data"
     flags = [*command, "--label-column", "shade", "--feature-cache", str(cache)]
     first = evaluate.run([*flags, "--output", str(tmp_path / "first")])
-    assert len(list(cache.iterdir())) == 4  # validation and training pictures, as they are and decoded
+    assert len(list(cache.iterdir())) == 3  # validation and training pictures, and the classifier of labels
     judged: list[str] = []
 
     def judge(pictures: Any, *rest: Any) -> Any:
@@ -269,29 +269,39 @@ def test_other_data_other_judges_and_damaged_files_are_judged_anew(
 def test_labels_are_read_from_what_this_autoencoder_makes_of_the_data(
     command: list[str], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, decoded = list[torch.Tensor](), list[torch.Tensor]()
-    look, decode = LookFeatures.forward, AutoencoderKL.reconstruct
+    learnt, read, decoded = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+    fit, forward, decode = LabelReader.fit, LabelReader.forward, AutoencoderKL.reconstruct
 
-    def looked(self: LookFeatures, x: torch.Tensor) -> torch.Tensor:
-        seen.append(x)
-        return look(self, x)
+    def fitted(self: LabelReader, images: torch.Tensor, *rest: Any) -> None:
+        learnt.append(images)
+        fit(self, images, *rest)
+        read.clear()
+
+    def reading(self: LabelReader, x: torch.Tensor) -> torch.Tensor:
+        read.append(x)
+        return forward(self, x)
 
     def reconstructed(self: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
-        decoded.append(decode(self, x))
+        decoded.append(decode(self, x).clamp(-1, 1))
         return decoded[-1]
 
-    monkeypatch.setattr(LookFeatures, "forward", looked)
+    monkeypatch.setattr(LabelReader, "fit", fitted)
+    monkeypatch.setattr(LabelReader, "forward", reading)
     monkeypatch.setattr(AutoencoderKL, "reconstruct", reconstructed)
     cache, other = tmp_path / "cache", tmp_path / "other"
     flags = [*command, "--label-column", "shade", "--feature-cache", str(cache)]
-    evaluate.run(flags)
-    real = seen[1 : len(decoded) + 1]  # the first call asks for the number of features
-    assert len(decoded) == 3 + 6 and len(seen) == 1 + len(decoded) + 3
-    assert all(torch.equal(x, y.clamp(-1, 1)) for x, y in zip(real, decoded, strict=True))
+    first = evaluate.run(flags)
+    assert len(decoded) == 6 + 3 and torch.equal(learnt[0], torch.cat([pixels(x) for x in decoded[:6]]))
+    assert len(read) == 3 + 3 and all(map(torch.equal, read[:3], decoded[6:]))  # the reference, then what was drawn
+    assert evaluate.run(flags) == first and len(learnt) == 1
     shutil.copytree(tiny_model_folder, other)
     vae = AutoencoderKL.from_pretrained(other / "vae")
     vae.decoder.conv_out.weight.data += 1
     vae.save_pretrained(other / "vae")
     before = set(cache.iterdir())
     evaluate.run([str(other) if flag == str(tiny_model_folder) else flag for flag in flags])
-    assert len(set(cache.iterdir()) - before) == 2  # the undecoded pictures are the same
+    assert len(learnt) == 2 and len(set(cache.iterdir()) - before) == 1
+    (file,) = set(cache.iterdir()) - before
+    file.write_bytes(file.read_bytes()[:-100])
+    evaluate.run([str(other) if flag == str(tiny_model_folder) else flag for flag in flags])
+    assert len(learnt) == 3

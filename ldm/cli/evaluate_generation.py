@@ -11,17 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
+from ldm.data.fingerprint import of_values
 from ldm.data.sources import Columns, RowSource, open_source
 from ldm.evaluation.distribution import Figure
-from ldm.evaluation.features import Decoded, LookFeatures, feature_net
+from ldm.evaluation.features import Decoded, feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
-from ldm.evaluation.judged_cache import JudgedCache, judges_key
+from ldm.evaluation.judged_cache import FORMAT, JudgedCache, cached_reader, judges_key
+from ldm.evaluation.label_reader import LabelReader, pixels
 from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
 from ldm.evaluation.text_image import OpenClip
@@ -47,6 +51,7 @@ class GenerationSuite:
         self.device = device if self.share.size > 1 else usable_device(args.device)
         if args.feature_cache is not None and self.share.size > 1:
             raise ValueError("--feature-cache is read and written by one process; leave it out with several")
+        self.cache = None if args.feature_cache is None else Path(args.feature_cache)
         self.judges = judges(args).to(self.device)
         self.pipe = TextToImage.from_pretrained(args.model, self.device, revision=args.revision, variant=args.variant)
         side = self.pipe.default_size if args.resolution is None else args.resolution
@@ -59,6 +64,9 @@ class GenerationSuite:
         reference, held_out = self._judged(args.split, args.num_reference or args.num_samples)
         wanted = args.num_training and self.judges.features is not None
         training, known = self._judged(args.training_split, args.num_training) if wanted else (None, None)
+        if args.label_column is not None:
+            self.judges = replace(self.judges, reader=self._label_reader())
+            held_out = self._with_labels(reference, held_out)
         prompts = self._prompts(held_out)
         comparison = Comparison(
             self.judges,
@@ -98,31 +106,50 @@ class GenerationSuite:
         return found
 
     def _judged(self, split: str, count: int) -> tuple[Pictures, JudgedSet]:
-        """The first `count` readable pictures of a split of `--data`, as the judges see them.
+        """The first `count` readable pictures of a split of `--data`, as the judges see them."""
+        pictures, labelled = self._read(split, count), self.args.label_column is not None
 
-        Labels are read from what the model's autoencoder makes of them, as they are from generated pictures.
-        """
-        pictures, look = self._read(split, count), self.judges.look
-        judged = self._kept(pictures, replace(self.judges, look=None), cache_key(self.args), split)
-        if look is not None:
-            vae = self.pipe.model.vae
-            decoded, key = Judges("none", None, None, Decoded(vae, look)), judges_key(("look", weights_hash(vae)), ())
-            looks = self._kept(self._read(split, count), decoded, key, f"{split}, {self.args.label_column}")
-            judged = replace(judged, vectors=judged.vectors._replace(look=looks.vectors.look))
+        def judge() -> JudgedSet:
+            return judge_pictures(pictures, self.judges, self.share, labelled, self._bar(split))
+
+        judged = JudgedCache(self.cache, cache_key(self.args)).get(pictures, self.side, labelled, judge)
         if pictures.skipped:
             self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
         return pictures, judged
 
-    def _kept(self, pictures: Pictures, judges: Judges, key: str, title: str) -> JudgedSet:
-        """What judges see, from the cache where there is one."""
-        labelled = self.args.label_column is not None
+    def _label_reader(self) -> LabelReader:
+        """A classifier of labels, trained on the training pictures as the model's autoencoder gives them back.
 
-        def judge() -> JudgedSet:
-            return judge_pictures(pictures, judges, self.share, labelled, self._bar(title))
+        Generated pictures have been through its decoder too.
+        """
+        args, vae = self.args, self.pipe.model.vae
+        pictures = self._read(args.training_split, args.num_training)
 
-        folder = self.args.feature_cache
-        cache = JudgedCache(None if folder is None else Path(folder), key)
-        return cache.get(pictures, self.side, labelled, judge)
+        def trained() -> LabelReader:
+            batches = self._bar(f"{args.training_split}, decoded")(pictures.batches())
+            images = torch.cat(self.share.map(batches, Decoded(vae, pixels)))
+            labels = [row[-1] for row in pictures.captions]
+            reader = LabelReader(labels).to(self.device)
+
+            def weights() -> dict[str, Tensor]:
+                reader.fit(images, labels, args.seed, self._bar(args.label_column))
+                return {name: value.cpu() for name, value in reader.state_dict().items()}
+
+            reader.load_state_dict(self.share.from_first(weights))
+            return reader
+
+        told = ["labels", FORMAT, pictures.source.fingerprint(), args.num_training, self.side, args.label_column]
+        key = of_values([*told, weights_hash(vae), args.seed])
+        return cached_reader(self.cache, key, trained).to(self.device)
+
+    def _with_labels(self, reference: Pictures, judged: JudgedSet) -> JudgedSet:
+        """The reference with the labels that are read from what the model's autoencoder makes of it."""
+        reader = self.judges.reader
+        if reader is None:
+            return judged
+        again = self._read(self.args.split, reference.count)
+        read = self.share.map(again.batches(), lambda x: Decoded(self.pipe.model.vae, reader)(x).cpu())
+        return replace(judged, vectors=judged.vectors._replace(logits=torch.cat(read)))
 
     def _prompts(self, reference: JudgedSet) -> JudgedSet:
         """The captions to draw: the reference's, or the first of another split, whose pictures no judge sees."""
@@ -243,8 +270,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
-    if args.label_column is not None and (args.features == "none" or args.num_training == 0):
-        raise ValueError("--label-column trains a classifier: it needs --features and --num-training")
+    if args.label_column is not None and args.num_training == 0:
+        raise ValueError("--label-column trains a classifier: it needs --num-training")
     if args.output is not None and Path(args.output).suffix == ".png":
         raise ValueError(f"--output is {args.output}; it must be a .json file or a folder")
     if args.features == "none" and args.clip == "none":
@@ -262,7 +289,7 @@ def judges(args: argparse.Namespace) -> Judges:
         features = None if name == "none" else feature_net(name, args.features_weights)
         flag, name = "--clip", args.clip
         text_image = None if name == "none" else OpenClip(name, args.clip_weights)
-        return Judges(args.features, features, text_image, LookFeatures() if args.label_column else None)
+        return Judges(args.features, features, text_image)
     except ValueError as error:
         raise ValueError(f"{flag} {name}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from ldm.evaluation.text_image import OpenClip
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = ("efficientnet_lite0", "efficientnet_lite2", "inception", "timm:NAME", "open_clip:NAME")
+MIN_VARIANCE = 1e-6
+"""Added to a channel's variance, whose root has no derivative at 0."""
 PERCEPTUAL = ("efficientnet_lite0", "efficientnet_lite2", "lpips_vgg", "lpips_alex", "lpips_squeeze")
 
 
@@ -139,25 +142,21 @@ class LookFeatures(nn.Module):
         self.dim = int(self(torch.zeros(1, 3, 64, 64)).shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        stages = self.net.stages(x.float())
-        return torch.cat([moment for maps in stages for moment in (maps.mean((2, 3)), maps.std((2, 3)))], 1)
+        moments = [torch.var_mean(maps, (2, 3), correction=0) for maps in self.net.stages(x.float())]
+        return torch.cat([part for var, mean in moments for part in (mean, (var + MIN_VARIANCE).sqrt())], 1)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A network's features of pictures as an autoencoder gives them back, clamped to [-1, 1]: real pictures as a latent
+    """What `net` makes of pictures as an autoencoder gives them back, clamped to [-1, 1]: real pictures as a latent
     diffusion would draw them at its very best."""
 
     vae: Autoencoder
-    net: FeatureNet
+    net: Callable[[Tensor], Tensor]
 
-    @property
-    def dim(self) -> int:
-        return self.net.dim
-
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        dtype = next(self.vae.parameters()).dtype
-        return self.net(self.vae.reconstruct(x.to(dtype)).float().clamp(-1, 1))
+        return self.net(self.vae.reconstruct(x.to(self.vae.dtype)).float().clamp(-1, 1))
 
 
 FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip

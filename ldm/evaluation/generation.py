@@ -21,8 +21,8 @@ from ldm.evaluation.distribution import (
     resamplings,
 )
 from ldm.evaluation.features import FeatureNet
+from ldm.evaluation.label_reader import LabelReader
 from ldm.evaluation.memorisation import Neighbours, near_duplicates, nearest_pairs, threshold
-from ldm.evaluation.probe import LinearProbe
 from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.sharing import Share
 from ldm.evaluation.text_image import CANDIDATES, TextImageModel, candidate_rows, clip_scores, r_precision
@@ -36,12 +36,12 @@ PAIRS = 8
 class Vectors(NamedTuple):
     """What the judges make of pictures; 0 wide without a judge.
 
-    `features` [N, D] for distances, unit vectors `joint` [N, E] beside captions, `look` [N, F] for labels.
+    `features` [N, D] for distances, unit vectors `joint` [N, E] beside captions, `logits` [N, L] of labels.
     """
 
     features: Tensor
     joint: Tensor
-    look: Tensor
+    logits: Tensor
 
     @classmethod
     def cat(cls, parts: Sequence[Vectors]) -> Vectors:
@@ -55,11 +55,11 @@ class Judges:
     name: str
     features: FeatureNet | None
     text_image: TextImageModel | None
-    look: FeatureNet | None = None
+    reader: LabelReader | None = None
 
     def to(self, device: torch.device) -> Judges:
         """The same networks on a device."""
-        for net in (self.features, self.text_image, self.look):
+        for net in (self.features, self.text_image, self.reader):
             if isinstance(net, nn.Module):
                 net.to(device)
         return self
@@ -70,7 +70,7 @@ class Judges:
         empty = torch.zeros(len(x), 0)
         features = empty if self.features is None else self.features(x).float().cpu()
         joint = empty if self.text_image is None else self.text_image.images(x).float().cpu()
-        return Vectors(features, joint, empty if self.look is None else self.look(x).float().cpu())
+        return Vectors(features, joint, empty if self.reader is None else self.reader(x).float().cpu())
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class Comparison:
     """What generated pictures are measured against; its own figures are computed once for all settings.
 
     Args:
-        training: pictures that may have been memorised, and from whose labels a classifier is trained; None: neither.
-        label: what the labels are called, None without them.
+        training: pictures that may have been memorised; None: these are not looked for.
+        label: what the labels are called that the judges' reader reads, None without one.
         candidates: captions that R-precision chooses among.
         captions: those that pictures are drawn from, where they are not the reference's; candidates too.
         bootstrap: bootstrap samples behind every interval; 0 gives intervals without width.
@@ -202,8 +202,8 @@ class Comparison:
             rows = candidate_rows(own.tolist(), len(self._pool), self.candidates, self.seed)
             found["clip_score"] = mean_figure(clip_scores(joint, self._texts[own]), weights, 0.0, 100.0)
             found["r_precision"] = mean_figure(r_precision(joint, self._texts, rows), weights, 0.0, 1.0)
-        if self.label is not None and self._probe is not None:
-            right = self._probe.correct(judged.vectors.look, judged.labels)
+        if self.judges.reader is not None:
+            right = self.judges.reader.correct(judged.vectors.logits, judged.labels)
             found[f"{self.label}_accuracy"] = mean_figure(right, weights, 0.0, 1.0)
         return found
 
@@ -218,12 +218,6 @@ class Comparison:
         """Unit vectors of the pool [M, E]."""
         model = self.judges.text_image
         return None if model is None else model.texts(list(self._pool)).float().cpu()
-
-    @cached_property
-    def _probe(self) -> LinearProbe | None:
-        if self.training is None or self.judges.look is None:
-            return None
-        return LinearProbe(self.training.vectors.look, self.training.labels)
 
     def _weights(self, count: int) -> Tensor:
         return resamplings(count, self.bootstrap, self.seed)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.data.fingerprint import of_files, of_values
 from ldm.evaluation.generation import JudgedSet, Vectors
+from ldm.evaluation.label_reader import LabelReader
 from ldm.evaluation.reconstruction import Pictures
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,26 @@ class JudgedCache:
         return found
 
 
+def cached_reader(folder: Path | None, key: str, make: Callable[[], LabelReader]) -> LabelReader:
+    """The reader of labels that `make` trains, from the file of that key where there is one; None keeps nothing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{key[:32]}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            reader = LabelReader(json.loads(file.metadata()["labels"]))
+            reader.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return reader
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
+        reader = make()
+    _replace(path, reader.state_dict(), {"labels": json.dumps(reader.names)})
+    return reader
+
+
 def judges_key(names: Sequence[object], weights: Sequence[str | Path | None]) -> str:
     """A hash of the judges' names and of their local files; a folder counts with all of its files."""
     files: list[str] = []
@@ -70,7 +92,6 @@ def _read(path: Path, pictures: Pictures) -> JudgedSet | None:
 
 
 def _write(path: Path, pictures: Pictures, judged: JudgedSet) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = {
         "indices": pictures.indices,
         "skipped": pictures.skipped,
@@ -78,7 +99,11 @@ def _write(path: Path, pictures: Pictures, judged: JudgedSet) -> None:
         "captions": judged.captions,
         "labels": judged.labels,
     }
+    _replace(path, judged.vectors._asdict(), {"pictures": json.dumps(told)})
+
+
+def _replace(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    tensors = {name: value.contiguous() for name, value in judged.vectors._asdict().items()}
-    save_file(tensors, partial, metadata={"pictures": json.dumps(told)})
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata=told)
     os.replace(partial, path)

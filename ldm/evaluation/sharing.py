@@ -29,3 +29,8 @@ class Share:
         """`work` of every batch, in their order, in every process; all of them iterate over the same batches."""
         own = [(place, work(batch)) for place, batch in enumerate(batches) if place % self.size == self.rank]
         return [result for _, result in sorted(self.gather(own), key=lambda row: row[0])]
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """What `make` gives in the first process, in every process."""
+        found: Result = self.gather([make()] if self.rank == 0 else [])[0]
+        return found
