@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
-from ldm.data.fingerprint import of_values
 from ldm.data.sources import Columns, RowSource, open_source
 from ldm.evaluation.distribution import Figure
 from ldm.evaluation.features import Decoded, feature_net
 from ldm.evaluation.generation import Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.grid import image_grid
-from ldm.evaluation.judged_cache import FORMAT, JudgedCache, cached_reader, judges_key
+from ldm.evaluation.judged_cache import JudgedCache, cached_reader, judges_key
 from ldm.evaluation.label_reader import LabelReader, pixels
 from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
@@ -61,12 +60,13 @@ class GenerationSuite:
     def report(self) -> dict[str, Any]:
         """Measures every setting and writes what `--output` says; in all processes but the first, nothing: {}."""
         args = self.args
+        reader = None if args.label_column is None else self._label_reader(args.label_column)
         reference, held_out = self._judged(args.split, args.num_reference or args.num_samples)
         wanted = args.num_training and self.judges.features is not None
         training, known = self._judged(args.training_split, args.num_training) if wanted else (None, None)
-        if args.label_column is not None:
-            self.judges = replace(self.judges, reader=self._label_reader())
-            held_out = self._with_labels(reference, held_out)
+        if reader is not None:
+            self.judges = replace(self.judges, reader=reader)
+            held_out = self._with_labels(held_out, reference.count, reader)
         prompts = self._prompts(held_out)
         comparison = Comparison(
             self.judges,
@@ -117,10 +117,13 @@ class GenerationSuite:
             self._warn(f"{len(pictures.skipped)} samples could not be used, such as {pictures.skipped[0]}")
         return pictures, judged
 
-    def _label_reader(self) -> LabelReader:
+    def _label_reader(self, column: str) -> LabelReader:
         """A classifier of labels, trained on the training pictures as the model's autoencoder gives them back.
 
         Generated pictures have been through its decoder too.
+
+        Raises:
+            ValueError: naming the flag, when it cannot be made.
         """
         args, vae = self.args, self.pipe.model.vae
         pictures = self._read(args.training_split, args.num_training)
@@ -132,23 +135,22 @@ class GenerationSuite:
             reader = LabelReader(labels).to(self.device)
 
             def weights() -> dict[str, Tensor]:
-                reader.fit(images, labels, args.seed, self._bar(args.label_column))
+                reader.fit(images, labels, self._bar(column))
                 return {name: value.cpu() for name, value in reader.state_dict().items()}
 
             reader.load_state_dict(self.share.from_first(weights))
             return reader
 
-        told = ["labels", FORMAT, pictures.source.fingerprint(), args.num_training, self.side, args.label_column]
-        key = of_values([*told, weights_hash(vae), args.seed])
-        return cached_reader(self.cache, key, trained).to(self.device)
+        try:
+            reader = cached_reader(self.cache, pictures, [self.side, column, weights_hash(vae)], trained)
+        except ValueError as error:
+            raise ValueError(f"--label-column {column}: {error}") from error
+        return reader.to(self.device)
 
-    def _with_labels(self, reference: Pictures, judged: JudgedSet) -> JudgedSet:
-        """The reference with the labels that are read from what the model's autoencoder makes of it."""
-        reader = self.judges.reader
-        if reader is None:
-            return judged
-        again = self._read(self.args.split, reference.count)
-        read = self.share.map(again.batches(), lambda x: Decoded(self.pipe.model.vae, reader)(x).cpu())
+    def _with_labels(self, judged: JudgedSet, count: int, reader: LabelReader) -> JudgedSet:
+        """The reference of `count` pictures with the labels read from what the model's autoencoder makes of them."""
+        pictures, vae = self._read(self.args.split, count), self.pipe.model.vae
+        read = self.share.map(pictures.batches(), lambda x: Decoded(vae, reader)(x).cpu())
         return replace(judged, vectors=judged.vectors._replace(logits=torch.cat(read)))
 
     def _prompts(self, reference: JudgedSet) -> JudgedSet:
@@ -270,8 +272,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
-    if args.label_column is not None and args.num_training == 0:
-        raise ValueError("--label-column trains a classifier: it needs --num-training")
+    if args.label_column is not None and (args.features == "none" or args.num_training == 0):
+        raise ValueError("--label-column trains a classifier: it needs --features and --num-training above 0")
     if args.output is not None and Path(args.output).suffix == ".png":
         raise ValueError(f"--output is {args.output}; it must be a .json file or a folder")
     if args.features == "none" and args.clip == "none":

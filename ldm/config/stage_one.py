@@ -109,8 +109,8 @@ class AutoencoderTraining:
     `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
     `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
     alone. `latent_noise` makes that decoder bear stage two's errors: it is the tau of the noise levels |N(0, tau^2)|,
-    one for each picture, in units of the latents' standard deviation. With `codebook.num_vq_embeddings` the autoencoder
-    is a `VQModel`, whose shape `autoencoder` gives.
+    one for each picture, in units of stage two's latents, which are the autoencoder's times `scaling_factor`. With
+    `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
     output_dir: str
@@ -177,8 +177,8 @@ class AutoencoderTraining:
         )
         require(
             self.latent_noise == 0 or self.freeze_encoder,
-            f"`latent_noise` is {self.latent_noise} and `freeze_encoder` false; it must be 0, a new encoder would "
-            "outgrow it",
+            f"`latent_noise` is {self.latent_noise} and `freeze_encoder` false; it must be 0, an encoder that is "
+            "trained would outgrow it",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

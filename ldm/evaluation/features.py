@@ -149,14 +149,21 @@ class LookFeatures(nn.Module):
 @dataclass(frozen=True)
 class Decoded:
     """What `net` makes of pictures as an autoencoder gives them back, clamped to [-1, 1]: real pictures as a latent
-    diffusion would draw them at its very best."""
+    diffusion would draw them at its very best.
+
+    Raises:
+        ValueError: when called, where the autoencoder overflows in half precision.
+    """
 
     vae: Autoencoder
     net: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return self.net(self.vae.reconstruct(x.to(self.vae.dtype)).float().clamp(-1, 1))
+        image = self.vae.reconstruct(x.to(self.vae.dtype)).float()
+        if not bool(image.isfinite().all()):
+            raise ValueError(f"the model's autoencoder overflows in {self.vae.dtype}; it needs --device cpu")
+        return self.net(image.clamp(-1, 1))
 
 
 FeatureModule = EfficientNetFeatures | InceptionFeatures | TimmFeatures | OpenClip

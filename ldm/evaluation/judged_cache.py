@@ -1,4 +1,4 @@
-"""Data sets as the judges of the generation suite see them, kept on disk between runs of the command."""
+"""What the judges of the generation suite see in data sets, and readers of labels, kept on disk between its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.data.fingerprint import of_files, of_values
 from ldm.evaluation.generation import JudgedSet, Vectors
-from ldm.evaluation.label_reader import LabelReader
+from ldm.evaluation.label_reader import RECIPE, LabelReader
 from ldm.evaluation.reconstruction import Pictures
 
 FORMAT = "2"
@@ -51,14 +51,21 @@ class JudgedCache:
         return found
 
 
-def cached_reader(folder: Path | None, key: str, make: Callable[[], LabelReader]) -> LabelReader:
-    """The reader of labels that `make` trains, from the file of that key where there is one; None keeps nothing.
+def cached_reader(
+    folder: Path | None, pictures: Pictures, told: Sequence[object], make: Callable[[], LabelReader]
+) -> LabelReader:
+    """The reader of labels that `make` trains, from the file where there is one; without a folder nothing is kept.
+
+    Args:
+        pictures: those that it is trained on.
+        told: what else tells this reader from others.
 
     Raises:
         OSError: the file cannot be written.
     """
     if folder is None:
         return make()
+    key = of_values(["labels", RECIPE, pictures.source.fingerprint(), pictures.count, *told])
     path = folder / f"{key[:32]}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:

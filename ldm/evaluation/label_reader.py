@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ldm.evaluation.features import LookFeatures
 from ldm.seeds import generator
 
+RECIPE = "1"
+"""Counts what changes here, or in `LookFeatures`, what a reader would be."""
 EPOCHS, LEAST_STEPS, BATCH = 8, 60, 64
 LOOK_RATE, HEAD_RATE, WARM_UP = 3e-4, 1e-3, 0.1
 LARGEST_SIDE = 128
@@ -44,10 +46,6 @@ class LabelReader(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def dim(self) -> int:
-        return len(self.names)
-
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, labels] of images [B, 3, H, W] in [-1, 1]; a side above 128 px is reduced to that."""
         logits: Tensor = self.head((self.look(reduced(x.float())) - self.mean) / self.spread)
@@ -57,7 +55,7 @@ class LabelReader(nn.Module):
         """Whether each picture is read as its label: bool [N]; a label that was never trained is never right."""
         return torch.tensor([self.names[i] == name for i, name in zip(logits.argmax(1).tolist(), labels, strict=True)])
 
-    def fit(self, images: Tensor, labels: Sequence[str], seed: int, progress: Callable[[range], Any] = iter) -> None:
+    def fit(self, images: Tensor, labels: Sequence[str], progress: Callable[[range], Any] = iter) -> None:
         """Trains all of it by AdamW at a one-cycle rate (Smith 2018), each picture mirrored half of the time.
 
         Args:
@@ -65,7 +63,7 @@ class LabelReader(nn.Module):
         """
         device = self.head.weight.device
         target = torch.tensor([self.names.index(label) for label in labels])
-        self._standardise(torch.split(images[:MEASURED], BATCH))
+        self._standardise(torch.split(images[:: -(-len(images) // MEASURED)], BATCH))
         rates = [
             {"params": self.look.requires_grad_(True).parameters(), "lr": LOOK_RATE},
             {"params": self.head.parameters(), "lr": HEAD_RATE},
@@ -74,7 +72,7 @@ class LabelReader(nn.Module):
         steps = max(LEAST_STEPS, EPOCHS * len(images) // size)
         optimizer = torch.optim.AdamW(rates, weight_decay=1e-2)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, [LOOK_RATE, HEAD_RATE], steps + 1, pct_start=WARM_UP)
-        draws = generator(seed, "label reader")
+        draws = generator("label reader")
         epochs = -(-steps * size // len(images))
         rows = torch.cat([torch.randperm(len(images), generator=draws) for _ in range(epochs)])
         for step in progress(range(steps)):

@@ -165,7 +165,8 @@ def run_command(main: Callable[[], None]) -> None:
     The exit code is 2 for bad input, 1 for a loss that stays non-finite or a lost process, 130 for Ctrl-C. A crash in
     a library's native code says on which line of Python it happened.
     """
-    faulthandler.enable()
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # stderr may be no file
+        faulthandler.enable()
     try:
         main()
     except (ConfigError, ValueError, OSError, FloatingPointError, LostProcess) as error:

@@ -288,6 +288,8 @@ def test_latent_noise_has_levels_from_a_half_normal_in_units_of_the_latents(
     rows = [generator(7, "latent", row) for row in range(2000)]
     with torch.no_grad():
         bottleneck(model, torch.zeros(2000, 3, 16, 16), rows, 0)  # type: ignore[arg-type]  # called as a module is
+        bottleneck(model, torch.zeros(2, 3, 16, 16), [generator(7, "latent", row) for row in (5, 3)], 0)  # type: ignore[arg-type]
+    assert torch.equal(asked[1], asked[0][[5, 3]])
     levels = asked[0].square().mean((1, 2, 3)).sqrt()
     assert levels.mean().item() == pytest.approx(0.5 * (2 / math.pi) ** 0.5, rel=4 * 0.017)
     assert levels.square().mean().item() == pytest.approx(0.25, rel=4 * 0.032)
