@@ -200,6 +200,7 @@ def test_the_clip_alone_over_the_built_in_shapes(command: list[str]) -> None:
         (["--bootstrap", "-1"], "--bootstrap is -1; it must be at least 0"),
         (["--num-reference", "0"], "--num-reference is 0; it must be at least 1"),
         (["--features", "none", "--clip", "none"], "--features and --clip are none, so there is nothing to measure"),
+        (["--features", "none", "--label-column", "shade"], "--label-column trains a classifier"),
         (["--num-training", "0", "--label-column", "shade"], "--label-column trains a classifier"),
         (["--label-column", "style"], "--label-column is style, and "),
         (["--data", "shapes", "--label-column", "style"], "--label-column is style, and shapes has no such column"),

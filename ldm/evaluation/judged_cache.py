@@ -43,7 +43,7 @@ class JudgedCache:
         if self.folder is None:
             return judge()
         key = of_values([FORMAT, pictures.source.fingerprint(), pictures.count, resolution, labelled, self.judges])
-        path = self.folder / f"{key[:32]}.safetensors"
+        path = _file(self.folder, key)
         found = _read(path, pictures)
         if found is None:
             found = judge()
@@ -66,7 +66,7 @@ def cached_reader(
     if folder is None:
         return make()
     key = of_values(["labels", RECIPE, pictures.source.fingerprint(), pictures.count, *told])
-    path = folder / f"{key[:32]}.safetensors"
+    path = _file(folder, key)
     try:
         with safe_open(path, framework="pt") as file:
             reader = LabelReader(json.loads(file.metadata()["labels"]))
@@ -84,6 +84,10 @@ def judges_key(names: Sequence[object], weights: Sequence[str | Path | None]) ->
     for path in (Path(name) for name in weights if name is not None):
         files += sorted(map(str, path.rglob("*"))) if path.is_dir() else [str(path)]
     return of_values([*names, of_files([file for file in files if Path(file).is_file()])])
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{key[:32]}.safetensors"
 
 
 def _read(path: Path, pictures: Pictures) -> JudgedSet | None:
