@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from autoencoder.codec import Decode, LatentCodec, LatentStatistics, fold_into_convolutions
 from autoencoder.config import AutoencoderConfig, VQConfig
-from autoencoder.discriminator import ActNorm, PatchDiscriminator
+from autoencoder.discriminator import ActNorm, PatchDiscriminator, ProjectedDiscriminator
 from autoencoder.gaussian import DiagonalGaussian
 from autoencoder.losses import (
     DiscriminatorPenalties,
@@ -50,6 +50,7 @@ __all__ = [
     "LossWeights",
     "PatchDiscriminator",
     "PerceptualLoss",
+    "ProjectedDiscriminator",
     "Quantized",
     "Reconstruction",
     "VQConfig",

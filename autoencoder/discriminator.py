@@ -1,14 +1,17 @@
-"""PatchGAN discriminator: a logit for every overlapping patch (Isola et al. 2017, section 3.2.2)."""
+"""Discriminators with a logit for every patch: of pixels (Isola et al. 2017) or of an ImageNet network's features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
+
+from autoencoder.perceptual import FeatureDistance
 
 NORMS = ("batch", "group", "act", "none")
 
@@ -54,7 +57,7 @@ class ActNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, in_channels, H, W] in [-1, 1] -> logits [B, 1, h, w], with h about H / 2^num_layers.
+    """Images [B, in_channels, H, W] in [-1, 1] -> logits [B, 1, h, w], with h about H / 2^num_layers: a PatchGAN.
 
     4x4 convolutions: `num_layers` of stride two that double the width up to 8 * base_channels, one of stride
     one, and one to a single channel. Every layer but the first and last is normalised. Three layers see 70x70
@@ -105,6 +108,54 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.layers(x)
         return logits
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] -> logits [B, S, h, w], of the S stages of a frozen network's features.
+
+    Each stage has a head of its own, two 3x3 convolutions and one to a single channel, all with spectral norm (Sauer et
+    al. 2021, Projected GANs Converge Faster, section 3; without its random mixing of channels and stages). Each map is
+    divided by its root mean square, and the logits are resampled to the size of the second stage, so that all
+    stages weigh alike. What takes a patch discriminator thousands of steps to see, the features show from the start.
+    Weights of the heads are drawn as PyTorch does, from `generator` when one is given.
+
+    Args:
+        features: the frozen network; it is computed in float32 under autocast as well.
+        width: channels of a head.
+    """
+
+    def __init__(self, features: FeatureDistance, width: int = 64, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.features = features
+        with torch.no_grad():
+            channels = [maps.shape[1] for maps in features.stages(torch.zeros(1, 3, 64, 64))]
+        self.heads = nn.ModuleList(_head(count, width, generator) for count in channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            stages = self.features.stages(x.float())
+        scaled = [maps / (maps.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-6) for maps in stages]
+        size = stages[min(1, len(stages) - 1)].shape[2:]
+        return torch.cat([_resampled(head(maps), size) for head, maps in zip(self.heads, scaled, strict=True)], 1)
+
+
+def _head(in_channels: int, width: int, generator: torch.Generator | None) -> nn.Sequential:
+    convolutions = [
+        nn.Conv2d(in_channels, width, 3, padding=1),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.Conv2d(width, 1, 1),
+    ]
+    for conv in convolutions:
+        nn.init.kaiming_uniform_(conv.weight, 5**0.5, generator=generator)
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one
+        with_spectral_norm(conv)
+    first, second, last = convolutions
+    return nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
+
+
+def _resampled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [B, 1, h, w] averaged down or repeated up to `size`."""
+    return F.interpolate(logits, list(size), mode="area" if logits.shape[2] > size[0] else "nearest")
 
 
 def _layer(in_channels: int, out_channels: int, stride: int, norm: str) -> list[nn.Module]:

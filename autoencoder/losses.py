@@ -20,7 +20,8 @@ class LossWeights:
     """Weights of the loss terms; the defaults are those published with latent-diffusion.
 
     They fit terms that are summed over an image's values and averaged over the batch, and no other reduction.
-    The discriminator takes part from step `discriminator_start` on.
+    The discriminator takes part from step `discriminator_start` on; for its first `discriminator_warmup` steps it
+    learns and the autoencoder does not hear of it yet.
 
     Raises:
         ValueError: an unknown kind, a negative weight or a negative start.
@@ -32,6 +33,7 @@ class LossWeights:
     discriminator: float = 0.5
     discriminator_loss: str = "hinge"
     discriminator_start: int = 50001
+    discriminator_warmup: int = 0
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -40,13 +42,17 @@ class LossWeights:
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        for name in ("perceptual", "kl", "discriminator", "discriminator_start"):
+        for name in ("perceptual", "kl", "discriminator", "discriminator_start", "discriminator_warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 
     def discriminator_active(self, step: int) -> bool:
-        """Whether the adversarial terms count at this step (counted from zero)."""
+        """Whether the discriminator learns at this step (counted from zero)."""
         return self.discriminator > 0 and step >= self.discriminator_start
+
+    def adversary_active(self, step: int) -> bool:
+        """Whether the autoencoder learns from the discriminator at this step (counted from zero)."""
+        return self.discriminator_active(step) and step >= self.discriminator_start + self.discriminator_warmup
 
 
 @dataclass(frozen=True)

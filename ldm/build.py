@@ -20,6 +20,7 @@ from autoencoder import (
     LossState,
     LossWeights,
     PatchDiscriminator,
+    ProjectedDiscriminator,
     VQConfig,
     VQModel,
 )
@@ -193,16 +194,20 @@ def build_bottleneck(
     return GaussianBottleneck(config.loss.kl, vae.latent_channels, vae.downsample_factor, error)
 
 
-def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator:
-    """A patch discriminator, its weights a function of the seed."""
-    return PatchDiscriminator(
-        3,
-        config.base_channels,
-        config.num_layers,
-        config.norm,
-        config.spectral_norm,
-        generator(seed, "discriminator"),
-    )
+def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator | ProjectedDiscriminator:
+    """The discriminator, its weights a function of the seed.
+
+    Raises:
+        ConfigError: the features of a projected one cannot be had, saying what to do.
+    """
+    draws = generator(seed, "discriminator")
+    if config.type == "patch":
+        shape = config.base_channels, config.num_layers, config.norm, config.spectral_norm
+        return PatchDiscriminator(3, *shape, draws)
+    try:
+        return ProjectedDiscriminator(EfficientNetFeatureDistance(), config.base_channels, draws)
+    except ValueError as error:
+        raise ConfigError(f"`discriminator.type` is projected: {error}") from error
 
 
 def build_perceptual(config: PerceptualConfig) -> FeatureDistance | None:
@@ -232,6 +237,7 @@ def build_loss_weights(config: AutoencoderLossConfig) -> LossWeights:
         discriminator=config.discriminator,
         discriminator_loss=config.discriminator_loss,
         discriminator_start=config.discriminator_start,
+        discriminator_warmup=config.discriminator_warmup,
     )
 
 

@@ -30,7 +30,8 @@ class PerceptualConfig:
 class AutoencoderLossConfig:
     """Weights of the stage-one loss; defaults are latent-diffusion's (Rombach et al. 2022, appendix G).
 
-    `logvar_init` is the log-variance of the output, which stays as it is unless `learn_logvar`.
+    The discriminator learns from step `discriminator_start` on, and the autoencoder from it `discriminator_warmup`
+    steps later. `logvar_init` is the log-variance of the output, which stays as it is unless `learn_logvar`.
     """
 
     reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
@@ -38,22 +39,27 @@ class AutoencoderLossConfig:
     kl: float = 1e-6
     discriminator: float = 0.5
     discriminator_start: int = 50_001
+    discriminator_warmup: int = 0
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     learn_logvar: bool = False
     logvar_init: float = 0.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, "loss", 0, "perceptual", "kl", "discriminator", "discriminator_start")
+        require_at_least(self, "loss", 0, "perceptual", "kl", "discriminator")
+        require_at_least(self, "loss", 0, "discriminator_start", "discriminator_warmup")
         require(isfinite(self.logvar_init), f"`loss.logvar_init` is {self.logvar_init}; it must be a finite number")
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The patch discriminator, its own learning rate as a multiple of the autoencoder's, and its regularisers.
+    """The discriminator, its own learning rate as a multiple of the autoencoder's, and its regularisers.
 
-    `r1` and `lecam` are weights, 0 switches one off; R1 is computed at every `r1_every`-th step.
+    "patch" sees pixels; "projected" sees the features of EfficientNet-Lite0, has heads of `base_channels` and brings
+    its own number of layers and norm. `r1` and `lecam` are weights, 0 switches one off; R1 is computed at every
+    `r1_every`-th step.
     """
 
+    type: Literal["patch", "projected"] = "patch"
     num_layers: int = 3
     base_channels: int = 64
     norm: Literal["batch", "group", "act", "none"] = "batch"
@@ -67,6 +73,12 @@ class DiscriminatorConfig:
         require_at_least(self, "discriminator", 1, "num_layers", "base_channels", "r1_every")
         require_at_least(self, "discriminator", 0, "r1", "lecam")
         require_positive(self, "discriminator", "learning_rate_ratio")
+        own = (self.num_layers, self.norm, self.spectral_norm) == (3, "batch", False)
+        require(
+            self.type == "patch" or own,
+            "`discriminator.type` is projected, which brings its own layers and norm; `num_layers`, `norm` and "
+            "`spectral_norm` must be left out",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,10 @@ class AutoencoderTraining:
 
     `pretrained`, a `vae/` folder, a model's folder or single file, or a hub id, is trained further in place of a new
     `autoencoder`; `freeze_encoder` then leaves its latents, their scale and shift as they are and trains the decoder
-    alone. `latent_noise` makes that decoder bear stage two's errors: it is the tau of the noise levels |N(0, tau^2)|,
-    one for each picture, in units of stage two's latents, which are the autoencoder's times `scaling_factor`. With
+    alone. `latent_noise` makes the decoder bear stage two's errors: it is the tau of the noise levels |N(0, tau^2)|,
+    one for each picture, in units of the pretrained model's latents times its `scaling_factor`, as stage two has them.
+    An encoder that is trained with it learns latents that bear noise, as far as `loss.kl` keeps them from growing
+    beyond it (the sigma-VAE of Sun et al. 2024, Multimodal Latent Language Modeling, section 2.2). With
     `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
@@ -176,9 +190,9 @@ class AutoencoderTraining:
             "`freeze_encoder` is true and `pretrained` null; a new encoder must be trained, so it must be false",
         )
         require(
-            self.latent_noise == 0 or self.freeze_encoder,
-            f"`latent_noise` is {self.latent_noise} and `freeze_encoder` false; it must be 0, an encoder that is "
-            "trained would outgrow it",
+            self.latent_noise == 0 or self.pretrained is not None,
+            f"`latent_noise` is {self.latent_noise} and `pretrained` null; it must be 0, the latents of a new "
+            "autoencoder have no scale yet",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

@@ -58,7 +58,7 @@ class AutoencoderTask:
     reduce_mean: Callable[[Tensor], Tensor]
 
     def generator_loss(self, batch: PixelBatch, step: int) -> GeneratorLoss:
-        """reconstruction + perceptual + the latents' regulariser; from `discriminator_start` on the adversary.
+        """reconstruction + perceptual + the latents' regulariser; once its warm-up is over the adversary.
 
         The gradients of the image terms are taken once at the reconstruction; the adaptive weight (Esser et al. 2021,
         eq. 7) follows from them by one weight gradient of the last convolution, so the decoder is walked back only
@@ -79,6 +79,7 @@ class AutoencoderTask:
         logits = None
         if self.weights.discriminator_active(step):
             logits = precise(self.discriminator(leaf))
+        if logits is not None and self.weights.adversary_active(step):
             g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
                 image_loss,

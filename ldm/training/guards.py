@@ -104,14 +104,18 @@ class RunningStatistics:
 
 
 class DiscriminatorWatch:
-    """Tells when the discriminator wins so clearly that its gradient says little.
+    """Tells when the discriminator's gradient says little, because it wins clearly or because it has learnt nothing.
 
-    That is when over the last `window` updates it was right on more than `accuracy` of the patches, or its loss was
-    below `loss`. The window is not part of a run's state; after a restart it fills again.
+    It wins when over the last `window` updates it was right on more than `accuracy` of the patches, or its loss was
+    below `loss`. It has learnt nothing when it was right on less than `chance` of them: the adaptive weight then
+    scales noise up to the reconstruction's gradient. The window is not part of a run's state; after a restart it fills
+    again.
     """
 
-    def __init__(self, window: int = 200, accuracy: float = 0.99, loss: float = 0.01, pause: int = 1000) -> None:
-        self.accuracy, self.loss, self.pause = accuracy, loss, pause
+    def __init__(
+        self, window: int = 200, accuracy: float = 0.99, loss: float = 0.01, chance: float = 0.51, pause: int = 1000
+    ) -> None:
+        self.accuracy, self.loss, self.chance, self.pause = accuracy, loss, chance, pause
         self.seen: deque[Tensor] = deque(maxlen=window)
         self.reported: int | None = None
 
@@ -120,18 +124,21 @@ class DiscriminatorWatch:
         self.seen.append(torch.stack([terms["discriminator_accuracy"], terms["discriminator"]]).detach())
 
     def warning(self, step: int) -> str | None:
-        """One line once the window is full and the discriminator collapsed, at most once in `pause` steps."""
+        """One line once the window is full and the discriminator of no use, at most once in `pause` steps."""
         recent = self.reported is not None and step - self.reported < self.pause
         if recent or len(self.seen) < (self.seen.maxlen or 0):
             return None
         accuracy, loss = torch.stack(list(self.seen)).mean(0).tolist()
-        if not (accuracy > self.accuracy or loss < self.loss):
+        if accuracy > self.accuracy or loss < self.loss:
+            advice = "raise discriminator.r1 or discriminator.lecam, or start later (loss.discriminator_start)"
+        elif accuracy < self.chance:
+            advice = "or let it learn alone for some hundred steps (loss.discriminator_warmup): it tells nothing apart"
+        else:
             return None
         self.reported = step
         return (
             f"step {step}: warning: over {len(self.seen)} steps the discriminator was right on {accuracy:.1%} of the "
-            f"patches with a loss of {loss:.3g}; lower discriminator.learning_rate_ratio, raise discriminator.r1 or "
-            "discriminator.lecam, or start later (loss.discriminator_start)"
+            f"patches with a loss of {loss:.3g}; lower discriminator.learning_rate_ratio, {advice}"
         )
 
 

@@ -194,6 +194,11 @@ def test_weights_are_the_published_ones_and_checked() -> None:
     assert not weights.discriminator_active(50000)
     assert weights.discriminator_active(50001)
     assert not LossWeights(discriminator=0.0).discriminator_active(10**6)
+    assert weights.adversary_active(50001) and not weights.adversary_active(50000)
+    warm = LossWeights(discriminator_start=5, discriminator_warmup=3)
+    assert [step for step in range(10) if warm.discriminator_active(step)] == [5, 6, 7, 8, 9]
+    assert [step for step in range(10) if warm.adversary_active(step)] == [8, 9]
+    assert not LossWeights(discriminator=0.0, discriminator_start=0).adversary_active(10**6)
     with pytest.raises(ValueError, match=r"reconstruction.*l1, l2, charbonnier, got 'l3'"):
         LossWeights(reconstruction="l3")
     with pytest.raises(ValueError, match="kl must not be negative, got -1"):

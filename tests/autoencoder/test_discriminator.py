@@ -1,13 +1,19 @@
-"""ActNorm: its first batch decides, every process starts alike, a state is read back."""
+"""ActNorm: its first batch decides, every process starts alike; the projected discriminator beside the patch one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.testing import assert_close
 
-from autoencoder import PatchDiscriminator
+from autoencoder import (
+    EfficientNetFeatureDistance,
+    PatchDiscriminator,
+    ProjectedDiscriminator,
+    discriminator_loss,
+)
 from autoencoder.discriminator import ActNorm
 
 
@@ -76,3 +82,65 @@ def test_a_discriminator_that_was_read_back_is_not_initialised_again() -> None:
     fresh.load_state_dict(PatchDiscriminator(base_channels=4, num_layers=1, norm="act").state_dict())
     norms = [layer for layer in fresh.layers if isinstance(layer, ActNorm)]
     assert len(norms) == 1 and not norms[0].initialised
+
+
+class Ramps(EfficientNetFeatureDistance):
+    """Three stages, of 4, 2 and 1 halvings' worth of pixels, that average the picture."""
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        return [F.avg_pool2d(x, side).repeat(1, 2, 1, 1) for side in (2, 4, 8)]
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_stages_of_a_projected_discriminator_weigh_alike() -> None:
+    critic = ProjectedDiscriminator(Ramps(), 4, rng(0)).eval()
+    x = torch.rand(2, 3, 32, 48, generator=rng(1)) * 2 - 1
+    logits = critic(x)
+    assert logits.shape == (2, 3, 8, 12)
+    maps = [stage / stage.square().mean((1, 2, 3), keepdim=True).sqrt() for stage in critic.features.stages(x)]
+    own = [head(stage) for head, stage in zip(critic.heads, maps, strict=True)]
+    assert_close(logits[:, :1], F.avg_pool2d(own[0], 2), atol=1e-5, rtol=1e-4)
+    assert_close(logits[:, 1:2], own[1], atol=1e-5, rtol=1e-4)
+    assert_close(logits[:, 2:], own[2].repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-5, rtol=1e-4)
+    assert_close(critic(3 * x), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_projected_discriminator_trains_its_heads_and_reaches_the_picture() -> None:
+    critic = ProjectedDiscriminator(EfficientNetFeatureDistance(), 8, rng(0))
+    x = torch.rand(2, 3, 64, 64, generator=rng(1)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = critic(x)
+    assert logits.shape == (2, 4, 16, 16)
+    logits.float().mean().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+    assert all((p.grad is not None) == name.startswith("heads.") for name, p in critic.named_parameters())
+    assert not any(p.requires_grad for p in critic.features.parameters())
+    one, same, other = (ProjectedDiscriminator(Ramps(), 8, rng(seed)).state_dict() for seed in (3, 3, 4))
+    weights = [name for name in one if name.endswith("original")]
+    assert weights and all(torch.equal(one[name], same[name]) for name in weights)
+    assert not any(torch.equal(one[name], other[name]) for name in weights)
+
+
+def test_a_projected_discriminator_tells_blur_after_sixteen_steps() -> None:
+    """Discs with sharp edges beside the same ones averaged over 3 pixels; the mean logit ranks what it never saw."""
+    grid = torch.linspace(-1, 1, 64)
+    spots = torch.rand(160, 3, generator=rng(2))
+    x, y, radius = (spots[:, i].view(-1, 1, 1) for i in range(3))
+    inside = (grid - x + 0.5).square() + (grid.view(-1, 1) - y + 0.5).square() < (0.2 + 0.4 * radius).square()
+    colour = torch.rand(160, 3, 1, 1, generator=rng(3)) * 2 - 1
+    sharp = torch.where(inside.unsqueeze(1), colour, torch.ones(()))
+    blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+    critic = ProjectedDiscriminator(EfficientNetFeatureDistance(), 32, rng(0))
+    optimizer = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.99))
+    for step in range(16):
+        rows = slice(8 * step, 8 * step + 8)
+        optimizer.zero_grad()
+        discriminator_loss(critic(sharp[rows]), critic(blurred[rows])).backward()
+        optimizer.step()
+    with torch.no_grad():
+        real, fake = (critic(images[128:]).mean((1, 2, 3)) for images in (sharp, blurred))
+    assert (real > fake).float().mean().item() > 0.95

@@ -115,6 +115,17 @@ def test_with_and_without_an_adversary_runs_part_exactly_at_its_start() -> None:
         assert not equal(on.weights(), off.weights()) and not equal(on.critic.state_dict(), before)
 
 
+def test_a_discriminator_that_warms_up_learns_while_the_autoencoder_does_not_hear_of_it() -> None:
+    warm = dataclasses.replace(LOSS, discriminator_start=1, discriminator_warmup=2)
+    on, off = Run(config(loss=warm)), Run(config(loss=dataclasses.replace(LOSS, discriminator=0.0)))
+    for step in range(4):
+        before = {name: value.clone() for name, value in on.critic.state_dict().items()}
+        terms = on.step(step)
+        off.step(step)
+        assert equal(on.critic.state_dict(), before) == (step < 1) == ("discriminator" not in terms)
+        assert equal(on.weights(), off.weights()) == (step < 3) == ("generator" not in terms)
+
+
 def test_runs_of_one_seed_are_equal_and_of_two_seeds_are_not() -> None:
     one, same, other = Run(config()), Run(config()), Run(config(seed=1))
     for step in range(3):

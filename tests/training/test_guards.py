@@ -23,18 +23,28 @@ def terms(accuracy: float, loss: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("accuracy", "loss", "speaks"),
-    [(0.995, 0.5, True), (0.6, 0.005, True), (0.985, 0.02, False), (0.5, 1.0, False), (math.nan, math.nan, False)],
+    [
+        (0.995, 0.5, "discriminator.r1"),
+        (0.6, 0.005, "discriminator.r1"),
+        (0.505, 1.0, "loss.discriminator_warmup"),
+        (0.985, 0.02, None),
+        (0.52, 1.0, None),
+        (math.nan, math.nan, None),
+    ],
 )
-def test_the_discriminator_watch_speaks_when_it_wins(accuracy: float, loss: float, speaks: bool) -> None:
+def test_the_discriminator_watch_speaks_when_it_wins_or_learns_nothing(
+    accuracy: float, loss: float, speaks: str | None
+) -> None:
     watch = DiscriminatorWatch(window=4)
     for _ in range(3):
         watch.add(terms(accuracy, loss))
     assert watch.warning(3) is None
     watch.add(terms(accuracy, loss))
     warning = watch.warning(4)
-    assert (warning is not None) == speaks
-    if warning is not None:
-        assert "\n" not in warning and "step 4" in warning and "discriminator.learning_rate_ratio" in warning
+    assert (warning is not None) == (speaks is not None)
+    if warning is not None and speaks is not None:
+        assert "\n" not in warning and "step 4" in warning and speaks in warning
+        assert "discriminator.learning_rate_ratio" in warning
 
 
 def test_the_discriminator_watch_takes_the_mean_of_its_window() -> None:
