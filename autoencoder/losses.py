@@ -196,7 +196,7 @@ def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
     D(x) is the mean of an image's patch logits, as in the adversarial losses.
 
     Args:
-        real_logits: [B, 1, h, w], computed from `real`.
+        real_logits: [B, S, h, w], computed from `real`.
         real: [B, C, H, W], requiring gradients.
     """
     (gradient,) = torch.autograd.grad(real_logits.flatten(1).mean(1).sum(), real, create_graph=True)

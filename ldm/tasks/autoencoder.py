@@ -29,7 +29,7 @@ from ldm.tasks.bottleneck import Bottleneck
 class GeneratorLoss(NamedTuple):
     """A scalar to call backward on, the reconstructions without a graph [B, 3, H, W], and the terms to log.
 
-    `fake_logits` [B, 1, h, w] are the discriminator's of the reconstructions, None before it takes part; their graph
+    `fake_logits` [B, S, h, w] are the discriminator's of the reconstructions, None before it takes part; their graph
     ends at the reconstructions.
     """
 
