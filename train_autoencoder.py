@@ -98,7 +98,8 @@ def main() -> None:
     # 4. Loop
     plan = batch_plan(training, accelerator)
     start = min(total, config.loss.discriminator_start) if weights.discriminator > 0 else total
-    steps = trial_steps(total, 0, start) if launch.dry_run else range(first, total)
+    heard = min(total, start + config.loss.discriminator_warmup)
+    steps = trial_steps(total, 0, start, heard) if launch.dry_run else range(first, total)
     batches = build_batches(config.data, plan, config.seed, first, first + len(steps))
     skips = SkipCounter(config.data.max_bad_fraction)
     log = TrainingLog(accelerator, run.folder, first, total, plan.global_size, quiet=launch.dry_run)
@@ -135,7 +136,7 @@ def main() -> None:
             if refusal is None:
                 scaling.step(*(which for which, _ in active))
                 task.remember(terms)
-                if adversarial:
+                if weights.adversary_active(step):
                     watch.add(terms)
                 ema.update()
                 statistics.keep()
@@ -149,7 +150,10 @@ def main() -> None:
 
             done = step + 1
             if launch.dry_run:
-                trial.mark(*("step with the discriminator", total - start) if adversarial else ("step", start))
+                if weights.adversary_active(step):
+                    trial.mark("step with the discriminator", total - heard)
+                else:
+                    trial.mark(*("step of its warm-up", heard - start) if adversarial else ("step", start))
                 continue
             if due(done, training.logging_steps, total):
                 log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})

@@ -92,7 +92,7 @@ class PatchDiscriminator(nn.Module):
         self._initialise(generator)
         if spectral_norm:
             for conv in self._convolutions():
-                with_spectral_norm(conv)
+                _normalise(conv, generator)
 
     def _convolutions(self) -> Iterator[nn.Conv2d]:
         return (layer for layer in self.layers if isinstance(layer, nn.Conv2d))
@@ -113,11 +113,11 @@ class PatchDiscriminator(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> logits [B, S, h, w], of the S stages of a frozen network's features.
 
-    Each stage has a head of its own, two 3x3 convolutions and one to a single channel, all with spectral norm (Sauer et
-    al. 2021, Projected GANs Converge Faster, section 3; without its random mixing of channels and stages). Each map is
-    divided by its root mean square, and the logits are resampled to the size of the second stage, so that all
-    stages weigh alike. What takes a patch discriminator thousands of steps to see, the features show from the start.
-    Weights of the heads are drawn as PyTorch does, from `generator` when one is given.
+    After Sauer et al. 2021, Projected GANs Converge Faster, section 3: a head for each stage. The heads are ours, two
+    3x3 convolutions and one to a single channel with spectral norm, and there is no random mixing of channels and
+    stages, which the paper needed lest the discriminator dominate; an autoencoder has its reconstruction loss besides.
+    Each map is divided by its root mean square, and the logits are resampled to the size of the second stage, so that
+    all stages weigh alike. Weights are uniform as PyTorch's, from `generator` when one is given, biases 0.
 
     Args:
         features: the frozen network; it is computed in float32 under autocast as well.
@@ -133,7 +133,7 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            stages = self.features.stages(x.float())
+            stages = self.features.stages(x.to(torch.promote_types(x.dtype, torch.float32)))
         scaled = [maps / (maps.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-6) for maps in stages]
         size = stages[min(1, len(stages) - 1)].shape[2:]
         return torch.cat([_resampled(head(maps), size) for head, maps in zip(self.heads, scaled, strict=True)], 1)
@@ -148,9 +148,17 @@ def _head(in_channels: int, width: int, generator: torch.Generator | None) -> nn
     for conv in convolutions:
         nn.init.kaiming_uniform_(conv.weight, 5**0.5, generator=generator)
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one
-        with_spectral_norm(conv)
+        _normalise(conv, generator)
     first, second, last = convolutions
     return nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
+
+
+def _normalise(conv: nn.Conv2d, generator: torch.Generator | None) -> None:
+    """Spectral norm, its power iteration started from `generator` when one is given."""
+    with torch.random.fork_rng(devices=[], enabled=generator is not None):
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        with_spectral_norm(conv)
 
 
 def _resampled(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -82,7 +82,7 @@ class Parts:
         side, batch = config.data.resolution, config.training.train_batch_size
         self.latent_shape = (vae.latent_channels, *(side // vae.downsample_factor,) * 2)
         self.images = (torch.rand(batch, 3, side, side, generator=generator(0, "images")) * 2 - 1).to(dtype)
-        self.step = config.loss.discriminator_start
+        self.step = config.loss.discriminator_start + config.loss.discriminator_warmup
 
     def noise(self) -> Tensor:
         """The noise that our task draws at this step."""

@@ -392,6 +392,42 @@ def assert_untouched(run: Path, parts: tuple[str, ...]) -> None:
     assert None in metrics(run)[5].values() and metrics(run)[5]["skipped_updates"] == 1
 
 
+PROJECTED = {
+    **STAGE_ONE,
+    "loss": {**STAGE_ONE["loss"], "discriminator_start": 1, "discriminator_warmup": 2},
+    "discriminator": {"type": "projected", "base_channels": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def projected(workshop: Path) -> Path:
+    """The undisturbed run of stage one against a discriminator on features, which warms up."""
+    done = train("train_autoencoder.py", "--config", config_file(workshop / "projected", PROJECTED))
+    assert done.returncode == 0, done.stderr
+    return workshop / "projected"
+
+
+def test_a_run_against_features_killed_in_its_warm_up_ends_at_the_same_bits(projected: Path, workshop: Path) -> None:
+    rows = metrics(projected)
+    assert ["discriminator" in rows[step] for step in rows] == [False] + [True] * 5
+    assert ["adaptive_weight" in rows[step] for step in rows] == [False] * 3 + [True] * 3
+    run = workshop / "interrupted_projected"
+    command = ("train_autoencoder.py", "--config", config_file(run, PROJECTED))
+    killed = train(*command, patch=AFTER_UPDATE.format(updates=3, signal="SIGKILL", rank=0))
+    assert killed.returncode == -9 and states(run) == ["step_000002"]
+    resumed = train(*command)
+    assert resumed.returncode == 0 and "at step 2" in resumed.stdout, resumed.stderr
+    assert weights(run) == weights(projected)
+
+
+def test_a_run_against_features_on_two_processes_is_the_same_training(projected: Path, workshop: Path) -> None:
+    run = workshop / "two_projected"
+    command = ("--config", config_file(run, PROJECTED), "--training.train_batch_size", "4")
+    done = train_on_two("train_autoencoder.py", *command)
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert_weights_close(projected, run, "vae", atol=1e-4)
+
+
 # --- stage one with a codebook
 
 

@@ -123,7 +123,8 @@ class AutoencoderTraining:
     alone. `latent_noise` makes the decoder bear stage two's errors: it is the tau of the noise levels |N(0, tau^2)|,
     one for each picture, in units of the pretrained model's latents times its `scaling_factor`, as stage two has them.
     An encoder that is trained with it learns latents that bear noise, as far as `loss.kl` keeps them from growing
-    beyond it (the sigma-VAE of Sun et al. 2024, Multimodal Latent Language Modeling, section 2.2). With
+    beyond it: levels as in the sigma-VAE (Sun et al. 2024, Multimodal Latent Language Modeling, section 2.3), beside a
+    variance that is learnt. With
     `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
@@ -193,6 +194,11 @@ class AutoencoderTraining:
             self.latent_noise == 0 or self.pretrained is not None,
             f"`latent_noise` is {self.latent_noise} and `pretrained` null; it must be 0, the latents of a new "
             "autoencoder have no scale yet",
+        )
+        require(
+            self.latent_noise == 0 or self.freeze_encoder or self.loss.kl > 0,
+            f"`latent_noise` is {self.latent_noise}, `freeze_encoder` false and `loss.kl` 0; it must be above 0, or "
+            "the latents outgrow the noise",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

@@ -77,9 +77,8 @@ class AutoencoderTask:
         if self.state.logvar.requires_grad:
             terms["logvar"] = self.state.logvar.detach().clone()
         logits = None
-        if self.weights.discriminator_active(step):
+        if self.weights.adversary_active(step):
             logits = precise(self.discriminator(leaf))
-        if logits is not None and self.weights.adversary_active(step):
             g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
                 image_loss,
@@ -94,6 +93,8 @@ class AutoencoderTask:
             terms |= {"generator": g_loss.detach(), "adaptive_weight": adaptive}
         else:
             (gradient,) = torch.autograd.grad(image_loss, leaf)
+            if self.weights.discriminator_active(step):
+                logits = precise(self.discriminator(leaf.detach()))
         surrogate = surrogate + (precise(out.image) * gradient).sum()
         if out.loss is not None:
             surrogate = surrogate + out.loss

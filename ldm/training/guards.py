@@ -132,7 +132,7 @@ class DiscriminatorWatch:
         if accuracy > self.accuracy or loss < self.loss:
             advice = "raise discriminator.r1 or discriminator.lecam, or start later (loss.discriminator_start)"
         elif accuracy < self.chance:
-            advice = "or let it learn alone for some hundred steps (loss.discriminator_warmup): it tells nothing apart"
+            advice = "let it learn alone first (loss.discriminator_warmup), or choose discriminator.type: projected"
         else:
             return None
         self.reported = step
