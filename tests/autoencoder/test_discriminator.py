@@ -85,7 +85,7 @@ def test_a_discriminator_that_was_read_back_is_not_initialised_again() -> None:
 
 
 class Ramps(EfficientNetFeatureDistance):
-    """Three stages, of 4, 2 and 1 halvings' worth of pixels, that average the picture."""
+    """Three stages that average the picture over 2, 4 and 8 pixels."""
 
     def stages(self, x: Tensor) -> list[Tensor]:
         return [F.avg_pool2d(x, side).repeat(1, 2, 1, 1) for side in (2, 4, 8)]
