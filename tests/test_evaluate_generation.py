@@ -112,7 +112,7 @@ def test_the_report_its_page_and_its_pictures(
     assert report["settings"] == {
         "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation",
         "caption_split": "validation", "caption_column": "text", "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
-        "clip": clip, "candidates": 3, "num_reference": 6, "num_training": 12, "label_column": "shade",
+        "clip": clip, "candidates": 3, "best_of": 1, "ranker": None, "num_reference": 6, "num_training": 12, "label_column": "shade",
         "bootstrap": 20, "skipped": 0,
     }  # fmt: skip
     page = (output / "report.md").read_text()
@@ -141,6 +141,14 @@ def test_the_captions_of_another_split_are_drawn_beside_the_same_reference(
     rows = load_dataset("parquet", data_files=str(data / "train.parquet"), split="train")[:8]
     assert (sets[0].captions, sets[0].labels) == (rows["text"], rows["shade"])
     assert (report["settings"]["caption_split"], report["settings"]["num_reference"]) == ("train", 6)
+
+
+def test_the_best_of_several_by_the_judge_itself_fits_its_caption_better(command: list[str], clip: str) -> None:
+    alone = evaluate.run(command)
+    ranked = evaluate.run([*command, "--best-of", "5", "--ranker", clip])
+    assert ranked["metrics"]["clip_score"] > alone["metrics"]["clip_score"]
+    assert (ranked["settings"]["best_of"], ranked["settings"]["ranker"]) == (5, clip)
+    assert ranked["reference"] == alone["reference"]
 
 
 def test_a_sweep_measures_every_pair_and_draws_a_chart(command: list[str], tmp_path: Path) -> None:

@@ -298,6 +298,18 @@ def test_no_prompt(refused: Any) -> None:
         (["--steps", "0"], "steps is 0; this model accepts 1 to 1000"),
         (["--num-images", "0"], "--num-images is 0; it must be at least 1"),
         (["--batch-size", "-1"], "--batch-size is -1; it must be at least 1"),
+        (["--best-of", "0"], "--best-of is 0; it must be at least 1"),
+        (["--best-of", "2"], "--best-of needs --ranker NAME, a CLIP to choose"),
+        (["--ranker", "ViT-B-32"], "--ranker needs --best-of N"),
+        (["--best-of", "2", "--ranker", "ViT-B-32"], "--ranker ViT-B-32: its `weights` must be a local checkpoint"),
+        (
+            ["--best-of", "2", "--ranker", "local-dir:{missing}"],
+            "--ranker local-dir:{missing}: {missing} holds no open_clip_config.json",
+        ),
+        (
+            ["--interpolate", "2", "--to-seed", "1", "--best-of", "2", "--ranker", "ViT-B-32"],
+            "--best-of is 2 with --interpolate; it must be 1",
+        ),
         (["--seed", "99999999999999999999"], "seed is 99999999999999999999; it must be an integer of 64 bits"),
         (["--mask", "{start}"], "--mask needs --init-image"),
         (["--init-image", "{start}", "--mask", "{missing}"], "--mask: {missing}: "),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.cli import options
 from ldm.cli.device import usable_device
 from ldm.cli.exits import exit_codes
 
@@ -87,6 +88,7 @@ def _add_generation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-training", type=int, default=10_000, help="pictures of it at most; 0: neither of both")
     group.add_argument("--feature-cache", default=None, metavar="DIR", help="keep what judges see in the data there")
     group.add_argument("--label-column", default=None, metavar="NAME", help="column of --data to classify pictures by")
+    options.add_ranking(group)
     group.add_argument("--bootstrap", type=int, default=200, help="bootstrap samples behind the intervals; 0: none")
 
 

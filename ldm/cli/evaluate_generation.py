@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.cli import options
 from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
 from ldm.data.sources import Columns, RowSource, open_source
@@ -52,6 +53,7 @@ class GenerationSuite:
             raise ValueError("--feature-cache is read and written by one process; leave it out with several")
         self.cache = None if args.feature_cache is None else Path(args.feature_cache)
         self.judges = judges(args).to(self.device)
+        self.ranking = options.ranking(args, self.device)
         self.pipe = TextToImage.from_pretrained(args.model, self.device, revision=args.revision, variant=args.variant)
         side = self.pipe.default_size if args.resolution is None else args.resolution
         self.fixed: Setting = {"sampler": args.sampler, "height": side, "width": side}
@@ -172,7 +174,7 @@ class GenerationSuite:
 
     def _draw(self, prompts: JudgedSet, setting: Setting) -> Drawn:
         args, bar = self.args, self._bar(f"guidance {setting['guidance_scale']:g}, {setting['steps']} steps")
-        size, settings = args.batch_size, {**setting, **self.fixed}
+        size, settings = args.batch_size, {**setting, **self.fixed, "ranking": self.ranking}
         return draw(self.pipe, prompts, args.num_samples, size, self.judges, self.share, args.seed, bar, **settings)
 
     def _pictures(
@@ -183,10 +185,8 @@ class GenerationSuite:
         labels = drawn.judged.captions[: len(drawn.shown)]
         found = {f"samples_{end}".rstrip("_"): image_grid(drawn.shown, 8, labels, min_side=96)}
         if training is not None:
-            seed, settings = self.args.seed, {**setting, **self.fixed}
-            found[f"copies_{end}".rstrip("_")] = copies_grid(
-                self.pipe, comparison, drawn.judged, training, seed, **settings
-            )
+            copies = copies_grid(self.pipe, comparison, drawn, training, **setting, **self.fixed)
+            found[f"copies_{end}".rstrip("_")] = copies
         return found
 
     def _written(
@@ -244,6 +244,8 @@ class GenerationSuite:
             "feature_dimensions": dim or None,
             "clip": args.clip,
             "candidates": args.candidates if self.judges.text_image is not None else None,
+            "best_of": args.best_of,
+            "ranker": args.ranker,
             "num_reference": len(comparison.reference),
             "num_training": 0 if known is None else len(known),
             "label_column": args.label_column,

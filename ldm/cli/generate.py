@@ -18,6 +18,7 @@ from ldm.cli.device import usable_device
 from ldm.cli.exits import exit_codes
 
 if TYPE_CHECKING:
+    from ldm.evaluation.ranking import Ranking
     from ldm.pipeline import TextToImage
 
 SAMPLER_NAMES = {
@@ -120,11 +121,12 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     places = options.parts(args)
     if places is not None:
-        options.check_interpolation(prompts, args.num_images)
+        options.check_interpolation(prompts, args.num_images, args.best_of)
     count = len(prompts) * args.num_images if places is None else len(places)
     target = Path(args.output)
     if target.suffix.lower() == ".png" and count > 1:
         raise ValueError(f"--output {target} is one file, but {count} pictures were asked for")
+    ranking = options.ranking(args, usable_device(args.device))
     pipe = _load(args)
     loaded = time.perf_counter()
     for prompt in prompts:
@@ -132,7 +134,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
         if cut:
             print(f"warning: the prompt is longer than the model reads; left out: {cut!r}", file=sys.stderr)
     pictures = _pictures(args, prompts, places)
-    images = _draw(pipe, args, pictures, init, mask)
+    images = _draw(pipe, args, pictures, ranking, init, mask)
     drawn = time.perf_counter()
     files = _write(pipe, args, pictures, images, target)
     return {
@@ -199,11 +201,18 @@ def _draw(
     pipe: TextToImage,
     args: argparse.Namespace,
     pictures: list[dict[str, Any]],
+    ranking: Ranking,
     init: Image.Image | None,
     mask: Image.Image | None,
 ) -> list[Image.Image]:
+    """The pictures; with several candidates each, `pictures` is told the seeds of those that were kept."""
     from tqdm import tqdm
 
+    candidates = [
+        _name(index, {**picture, "seed": seed})
+        for index, picture in enumerate(pictures)
+        for seed in (ranking.seeds(args.seed, index) if picture["part"] is None else [picture["seed"]])
+    ]
     settings = {
         "negative_prompt": args.negative_prompt,
         "steps": args.steps,
@@ -217,12 +226,16 @@ def _draw(
         "mask": mask,
         "tiled": args.tiled,
         "prompt_syntax": args.prompt_syntax,
-        **options.settings(args, pipe, [_name(index, picture) for index, picture in enumerate(pictures)]),
+        **options.settings(args, pipe, candidates),
     }
     first = pictures[0]
-    with tqdm(total=len(pictures), unit="image", disable=args.json or None, leave=False) as bar:
+    with tqdm(total=len(candidates), unit="image", disable=args.json or None, leave=False) as bar:
         if first["part"] is None:
-            return pipe([p["prompt"] for p in pictures], seed=args.seed, progress=bar.update, **settings)
+            captions = [picture["prompt"] for picture in pictures]
+            chosen = ranking.draw(pipe, captions, args.seed, progress=bar.update, **settings)
+            for picture, (_, seed) in zip(pictures, chosen, strict=True):
+                picture["seed"] = seed
+            return [image for image, _ in chosen]
         prompts = (first["prompt"], first["prompt"] if args.to_prompt is None else args.to_prompt)
         seeds = (args.seed, args.seed if args.to_seed is None else args.to_seed)
         return pipe.interpolate(prompts, seeds, [p["part"] for p in pictures], progress=bar.update, **settings)

@@ -1,4 +1,4 @@
-"""Flags of ldm-generate that shape the way of the sampler: spacing, guidance, classifiers, interpolation, previews."""
+"""Flags that shape how ldm-generate draws: spacing, guidance, classifiers, interpolation, previews, best of several."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from ldm.evaluation.ranking import Ranking
     from ldm.pipeline import TextToImage
     from ldm.process import Prediction
     from ldm.sampling import ClassifierGuidance
@@ -58,7 +60,42 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--to-prompt", default=None, help="with --interpolate: where the prompt ends")
     p.add_argument("--to-seed", type=int, default=None, help="with --interpolate: where the seed ends")
     p.add_argument("--preview", metavar="FOLDER", default=None, help="write a small picture there after every step")
+    add_ranking(p)
     p.set_defaults(part=None)
+
+
+def add_ranking(p: argparse._ActionsContainer) -> None:
+    """Adds the flags of `ranking`."""
+    p.add_argument("--best-of", type=int, metavar="N", default=1, help="draw N of each picture and keep the best")
+    p.add_argument(
+        "--ranker",
+        metavar="NAME",
+        default=None,
+        help="the CLIP that tells which is best: local-dir:FOLDER or an architecture of open_clip",
+    )
+    p.add_argument("--ranker-weights", metavar="FILE", default=None, help="checkpoint of that architecture")
+
+
+def ranking(args: argparse.Namespace, device: torch.device) -> Ranking:
+    """How many candidates of each picture are drawn, and what chooses among them.
+
+    Raises:
+        ValueError: naming the flag that is missing or out of range, or the model that cannot be had.
+    """
+    if args.best_of < 1:
+        raise ValueError(f"--best-of is {args.best_of}; it must be at least 1")
+    if (args.best_of > 1) != (args.ranker is not None):
+        have, lack = ("best-of", "ranker NAME, a CLIP to choose") if args.ranker is None else ("ranker", "best-of N")
+        raise ValueError(f"--{have} needs --{lack}")
+    from ldm.evaluation.ranking import Ranking
+    from ldm.evaluation.text_image import OpenClip
+
+    if args.ranker is None:
+        return Ranking()
+    try:
+        return Ranking(args.best_of, OpenClip(args.ranker, args.ranker_weights).to(device))
+    except ValueError as error:
+        raise ValueError(f"--ranker {args.ranker}: {error}") from error
 
 
 def stored_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +123,8 @@ def parts(args: argparse.Namespace) -> list[float] | None:
     return [i / (args.interpolate - 1) for i in range(args.interpolate)]
 
 
-def check_interpolation(prompts: list[str], num_images: int) -> None:
-    """Refuses several prompts or pictures a prompt with an interpolation.
+def check_interpolation(prompts: list[str], num_images: int, best_of: int) -> None:
+    """Refuses several prompts, pictures a prompt or candidates a picture with an interpolation.
 
     Raises:
         ValueError: naming the flag.
@@ -96,6 +133,8 @@ def check_interpolation(prompts: list[str], num_images: int) -> None:
         raise ValueError(f"--interpolate goes from one prompt to another, but {len(prompts)} prompts were given")
     if num_images > 1:
         raise ValueError(f"--num-images is {num_images} with --interpolate; it must be 1")
+    if best_of > 1:
+        raise ValueError(f"--best-of is {best_of} with --interpolate; it must be 1")
 
 
 def classifier(args: argparse.Namespace, pipe: TextToImage) -> ClassifierGuidance | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from ldm.evaluation.distribution import (
 from ldm.evaluation.features import FeatureNet
 from ldm.evaluation.label_reader import LabelReader
 from ldm.evaluation.memorisation import Neighbours, near_duplicates, nearest_pairs, threshold
+from ldm.evaluation.ranking import Ranking
 from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.sharing import Share
 from ldm.evaluation.text_image import CANDIDATES, TextImageModel, candidate_rows, clip_scores, r_precision
@@ -87,10 +89,11 @@ class JudgedSet:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Generated pictures: as the judges see them, and the first `SHOWN` themselves."""
+    """Generated pictures: as the judges see them, the first `SHOWN` themselves, and the seed that draws each again."""
 
     judged: JudgedSet
     shown: list[Image.Image]
+    seeds: list[int]
 
 
 def judge_pictures(
@@ -111,21 +114,27 @@ def draw(
     share: Share,
     seed: int,
     progress: Callable[[Sequence[int]], Any] = iter,
+    ranking: Ranking = Ranking(),
     **settings: Any,
 ) -> Drawn:
-    """Draws picture i with seed + i from caption i of a set; the captions start again at their end."""
+    """Draws picture i with seed + i from caption i of a set; the captions start again at their end.
+
+    With several candidates a picture the seeds are those of `Ranking.seeds`.
+    """
     rows = [i % len(prompts.captions) for i in range(count)]
     captions = [prompts.captions[row] for row in rows]
 
-    def batch(first: int) -> tuple[Vectors, list[Image.Image]]:
-        images = pipe(captions[first : first + batch_size], seed=seed + first, batch_size=batch_size, **settings)
+    def batch(first: int) -> tuple[Vectors, list[Image.Image], list[int]]:
+        part, start = captions[first : first + batch_size], ranking.seeds(seed, first).start
+        images, seeds = zip(*ranking.draw(pipe, part, start, batch_size=batch_size, **settings), strict=True)
         pixels = torch.stack([to_tensor(image) for image in images]).to(pipe.device)
-        return judges(pixels), images[: max(0, SHOWN - first)]
+        return judges(pixels), list(images[: max(0, SHOWN - first)]), list(seeds)
 
     parts = share.map(progress(range(0, count, batch_size)), batch)
     labels = [prompts.labels[row] for row in rows] if prompts.labels else []
-    judged = JudgedSet(Vectors.cat([vectors for vectors, _ in parts]), captions, labels)
-    return Drawn(judged, [image for _, images in parts for image in images])
+    vectors, shown, seeds = zip(*parts, strict=True)
+    judged = JudgedSet(Vectors.cat(vectors), captions, labels)
+    return Drawn(judged, list(chain.from_iterable(shown)), list(chain.from_iterable(seeds)))
 
 
 @dataclass(frozen=True)
@@ -224,18 +233,18 @@ class Comparison:
 
 
 def copies_grid(
-    pipe: TextToImage, comparison: Comparison, drawn: JudgedSet, training: Pictures, seed: int, **settings: Any
+    pipe: TextToImage, comparison: Comparison, drawn: Drawn, training: Pictures, **settings: Any
 ) -> Image.Image:
     """The generated pictures nearest to training pictures, drawn again, above those.
 
     Raises:
         ValueError: the comparison has no training pictures or no features.
     """
-    found, held_out = comparison.neighbours(drawn), comparison.held_out
+    found, held_out = comparison.neighbours(drawn.judged), comparison.held_out
     if found is None or held_out is None:
         raise ValueError("copies are looked for among training pictures in a feature space; one of both is missing")
     chosen = found.distances.argsort(stable=True)[:PAIRS].tolist()
-    again = [pipe(drawn.captions[i], seed=seed + i, **settings)[0] for i in chosen]
+    again = [pipe(drawn.judged.captions[i], seed=drawn.seeds[i], **settings)[0] for i in chosen]
     originals = training.again(found.indices[chosen].tolist()).cpu()
     images = torch.stack([to_tensor(image) for image in again])
     return nearest_pairs(images, originals, found.distances[chosen], threshold(held_out))

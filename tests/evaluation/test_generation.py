@@ -16,7 +16,7 @@ from ldm.data.batches import Transform
 from ldm.data.sources import Example
 from ldm.data.transforms import BadImage
 from ldm.evaluation.distribution import Figure
-from ldm.evaluation.generation import SHOWN, Comparison, JudgedSet, Judges, copies_grid, draw, judge_pictures
+from ldm.evaluation.generation import SHOWN, Comparison, Drawn, JudgedSet, Judges, copies_grid, draw, judge_pictures
 from ldm.evaluation.label_reader import LabelReader, pixels
 from ldm.evaluation.memorisation import QUANTILE, Neighbours, near_duplicates, threshold
 from ldm.evaluation.reconstruction import Pictures
@@ -82,8 +82,11 @@ class Pipe:
     device: str = "cpu"
     asked: list[tuple[int, list[str], dict[str, Any]]] = field(default_factory=list)
 
-    def __call__(self, prompt: str | list[str], seed: int, batch_size: int = 1, **settings: Any) -> list[Image.Image]:
+    def __call__(
+        self, prompt: str | list[str], num_images: int = 1, *, seed: int, batch_size: int = 1, **settings: Any
+    ) -> list[Image.Image]:
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        assert num_images == 1
         self.asked.append((seed, prompts, settings))
         return [flat(int(prompt.split()[-1]) + self.shift) for prompt in prompts]
 
@@ -174,6 +177,7 @@ def test_picture_i_has_caption_and_seed_i() -> None:
     assert [p for _, prompts, _ in pipe.asked for p in prompts] == captions
     assert all(settings == {"sampler": "ddim"} for *_, settings in pipe.asked)
     assert len(drawn.shown) == 12
+    assert drawn.seeds == list(range(40, 52))
 
 
 def test_only_the_first_pictures_are_kept() -> None:
@@ -208,7 +212,7 @@ def test_the_grid_of_copies_shows_the_nearest_pairs() -> None:
     training, known = judged(0, 20, judges)
     comparison = Comparison(judges, reference, known)
     drawn = draw(pipe, reference, 4, 4, judges, Share(), 7)  # type: ignore[arg-type]
-    sheet = np.asarray(copies_grid(pipe, comparison, drawn.judged, training, 7))  # type: ignore[arg-type]
+    sheet = np.asarray(copies_grid(pipe, comparison, drawn, training))  # type: ignore[arg-type]
     upper, lower = sheet[50, 8 + 48 :: 104], sheet[50 + 96 + 13 + 8, 8 + 48 :: 104]
     assert np.array_equal(upper, lower) and len(np.unique(upper, axis=0)) == 4
     assert [(seed, prompts) for seed, prompts, _ in pipe.asked[1:]] == [
@@ -222,7 +226,7 @@ def test_without_training_pictures_there_are_no_copies() -> None:
     comparison = Comparison(judges, reference)
     assert set(comparison.figures(reference)) == {f"{m}_means" for m in ("frechet", "kid", "precision", "recall")}
     with pytest.raises(ValueError, match="one of both is missing"):
-        copies_grid(Pipe(), comparison, reference, pictures, 0)  # type: ignore[arg-type]
+        copies_grid(Pipe(), comparison, Drawn(reference, [], []), pictures)  # type: ignore[arg-type]
 
 
 def test_as_many_held_out_pictures_are_near_duplicates_as_the_quantile_says() -> None:
