@@ -14,6 +14,7 @@ from autoencoder import LatentCodec
 from ldm.build import build_classifier
 from ldm.config import ClassifierTraining, ConfigError
 from ldm.config.file import dump_config, parse_command_line
+from ldm.data.fingerprint import weights_hash
 from ldm.data.latent_batches import latent_batches
 from ldm.data.latents import LatentCache
 from ldm.pretrained import read_diffusion, read_vae, resolve
@@ -35,7 +36,6 @@ from ldm.training.log import TrainingLog, averaged
 from ldm.training.optim import learning_rate, optimizer_of, set_learning_rate
 from ldm.training.precision import LossScaling
 from ldm.training.processes import last_state_named
-from ldm.training.run_dir import weights_hash
 from ldm.training.stop import StopSignal
 from ldm.training.trial import Trial, trial_steps
 

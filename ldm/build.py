@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,7 +60,9 @@ from ldm.config import (
 )
 from ldm.data.batches import PixelBatch, Transform, pixel_batches, stream_batches
 from ldm.data.buckets import Buckets
+from ldm.data.fingerprint import encoder_hash
 from ldm.data.instances import InstanceSource
+from ldm.data.latent_errors import LatentErrors
 from ldm.data.order import BatchPlan
 from ldm.data.pixels import stacked
 from ldm.data.sources import Columns, Source, Stream, open_source, open_stream
@@ -181,17 +184,42 @@ def build_bottleneck(
     """How the latents are regularised while the autoencoder trains.
 
     Raises:
-        ConfigError: `latent_noise` for the latents of a codebook.
+        ConfigError: `latent_noise` or `latent_errors` for the latents of a codebook, or a file for other latents.
     """
     if isinstance(vae, VQModel):
-        if config.latent_noise > 0:
-            raise ConfigError(
-                f"`latent_noise` is {config.latent_noise}, but `pretrained` has a codebook, which decodes its own "
-                "codes only; it must be 0"
-            )
+        for name, value in (("latent_noise", config.latent_noise or None), ("latent_errors", config.latent_errors)):
+            if value is not None:
+                raise ConfigError(
+                    f"`{name}` is {value}, but `pretrained` has a codebook, which decodes its own codes only; leave it "
+                    "out"
+                )
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
-    error = config.latent_noise / vae.config.scaling_factor
-    return GaussianBottleneck(config.loss.kl, vae.latent_channels, vae.downsample_factor, error)
+    scale = vae.config.scaling_factor
+    gaussian = partial(GaussianBottleneck, config.loss.kl, vae.latent_channels, vae.downsample_factor)
+    if config.latent_errors is None:
+        return gaussian(config.latent_noise / scale)
+    errors = _latent_errors(config, vae)
+    return gaussian(config.latent_noise / scale, lambda keys: errors.of(keys) / scale, config.latent_errors_share)
+
+
+def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentErrors:
+    try:
+        errors = LatentErrors(config.latent_errors or "")
+    except ValueError as error:
+        raise ConfigError(f"`latent_errors`: {error}") from error
+    side = config.data.resolution // vae.downsample_factor
+    shape = (vae.latent_channels, side, side)
+    if errors.shape != shape:
+        raise ConfigError(
+            f"`latent_errors` is {config.latent_errors}, whose rows are {list(errors.shape)}; those of `pretrained` at "
+            f"`data.resolution` {config.data.resolution} would be {list(shape)}"
+        )
+    if errors.encoder != encoder_hash(vae):
+        raise ConfigError(
+            f"`latent_errors` is {config.latent_errors}, made with another encoder than that of `pretrained` "
+            f"{config.pretrained!r}; make it anew"
+        )
+    return errors
 
 
 def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscriminator | ProjectedDiscriminator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -304,6 +304,32 @@ class TextToImage:
         with torch.no_grad():
             return LinearPreview.of_decoder(self.codec, _generator(0))
 
+    @torch.no_grad()
+    def redraw(self, prompts: Sequence[str], z: Tensor, strength: float, seed: int = 0, **settings: Any) -> Tensor:
+        """Latents as the model would have drawn them: noised to `strength` of the way and denoised with their prompts.
+
+        SDEdit (Meng et al. 2022) between latents; at strength 1 nothing of z is left. Picture i uses seed + i.
+
+        Args:
+            z: latents [N, C, h, w] as the denoiser has them, see `LatentCodec`.
+            settings: those of `plan` but for the size, which is z's, and what it starts from.
+
+        Raises:
+            ValueError: naming the argument that is out of range.
+        """
+        height, width = (side * self.model.vae.downsample_factor for side in z.shape[2:])
+        plan = self.plan(height=height, width=width, **settings)
+        plan = replace(plan, timesteps=shortened(plan.timesteps, strength))
+        drawn: list[Tensor] = []
+        for told, untold in condition_batches(self.model.text_encoder, prompts, None, 1, len(prompts), "plain"):
+            rows = range(sum(map(len, drawn)), sum(map(len, drawn)) + len(told))
+            rng = [_generator(seed + row) for row in rows]
+            noise = randn_rows((len(rows), *plan.shape), rng)
+            start = z[rows.start : rows.stop].to(self.device, torch.float32) if strength < 1 else None
+            conditions = self._kwargs(told, plan.shape), self._kwargs(untold, plan.shape)
+            drawn.append(self._latents(replace(plan, start=start), *conditions, noise, rng))
+        return torch.cat(drawn)
+
     def _draw(
         self,
         plan: Plan,
@@ -313,6 +339,18 @@ class TextToImage:
         rng: Sequence[torch.Generator],
     ) -> list[Image.Image]:
         """One batch: noise [B, C, h, w] under conditions of B rows, decoded one by one."""
+        z = self._latents(plan, condition, unconditional, noise, rng)
+        return [image for row in torch.split(z, 1) for image in to_images(self._decode(row, plan.decode))]
+
+    def _latents(
+        self,
+        plan: Plan,
+        condition: NetworkConditioning,
+        unconditional: NetworkConditioning,
+        noise: Tensor,
+        rng: Sequence[torch.Generator],
+    ) -> Tensor:
+        """One batch of latents [B, C, h, w] from noise of that shape."""
         x = self._start(noise.to(self.device, torch.float32), plan.start, plan.timesteps)
         denoise = plan.guidance.denoiser(
             self._network if plan.channels is None else with_channels(self._network, plan.channels),
@@ -327,7 +365,7 @@ class TextToImage:
         z = plan.sampler(denoise, x, self.schedule, plan.timesteps, rng, plan.callback)
         if plan.keep is not None and plan.start is not None:
             z = torch.lerp(z, plan.start.expand_as(z), plan.keep)
-        return [image for row in torch.split(z, 1) for image in to_images(self._decode(row, plan.decode))]
+        return z
 
     def _decode(self, z: Tensor, network: Decode) -> Tensor:
         """The picture [1, 3, H, W] of one row of latents; where the decoder overflows in half precision, in float32."""
@@ -371,8 +409,6 @@ class TextToImage:
         return q_sample(start, noise, alpha, sigma)
 
     def _timesteps(self, steps: int, strength: float, spacing: str | None) -> Tensor:
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength is {strength}; it must lie in (0, 1]")
         diffusion = self.model.diffusion
         if not 1 <= steps <= diffusion.num_train_timesteps:
             raise ValueError(f"steps is {steps}; this model accepts 1 to {diffusion.num_train_timesteps}")
@@ -382,7 +418,7 @@ class TextToImage:
                 visited = sigma_spaced_timesteps(self.schedule, steps, spacing)
             case None | "leading" | "trailing" | "linspace":
                 visited = diffusion.timesteps(steps, spacing)
-        return visited[len(visited) - max(1, int(steps * strength)) :]
+        return shortened(visited, strength)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         # every downsampling of the U-Net halves the latent once more
@@ -424,6 +460,18 @@ class TextToImage:
         redrawn = self._redrawn(mask, shape)
         seen = self._encode(self._pixels(image, shape) * (1 - redrawn))
         return torch.cat([interpolate(redrawn, shape[1:]), seen], dim=1)
+
+
+def check_strength(strength: float) -> None:
+    """Raises a ValueError outside (0, 1]."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; it must lie in (0, 1]")
+
+
+def shortened(timesteps: Tensor, strength: float) -> Tensor:
+    """The last of the timesteps [N], `strength` of them and one at least."""
+    check_strength(strength)
+    return timesteps[len(timesteps) - max(1, int(len(timesteps) * strength)) :]
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -134,6 +134,12 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("pretrained: here\nlatent_noise: 0.5\nloss: {kl: 0}", ["`loss.kl` 0", "above 0", "outgrow"]),
         ("discriminator: {type: projected, norm: group}", ["`discriminator.type` is projected", "`norm`", "left out"]),
         ("loss: {discriminator_warmup: -1}", ["`loss.discriminator_warmup`", "at least 0"]),
+        ("pretrained: here\nlatent_errors: file", ["`latent_errors` is 'file'", "`freeze_encoder` false"]),
+        (
+            "pretrained: here\nfreeze_encoder: true\nlatent_errors: file\ndata: {random_flip: true}",
+            ["`data.random_flip` is True with `latent_errors`", "must be False"],
+        ),
+        ("latent_errors_share: 0", ["`latent_errors_share` is 0.0", "(0, 1]"]),
         ("pretrained: here\nfreeze_encoder: true\nlatent_noise: -1", ["`latent_noise` is -1.0", "at least 0"]),
         (
             "pretrained: here\nfreeze_encoder: true\nscaling_factor: 0.5",

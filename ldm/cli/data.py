@@ -52,6 +52,19 @@ def parser() -> argparse.ArgumentParser:
     cached.add_argument("--shard-size", type=int, default=8192, help="samples a file")
     cached.add_argument("--max-bad-fraction", type=float, default=0.01, help="more unusable samples end the run")
     cached.add_argument("--device", default=None, help="cpu, or what accelerate chooses")
+    drawn = _with_source(commands, "errors", "what a model gets wrong of each picture's latents, for latent_errors")
+    drawn.add_argument("--model", "-m", required=True, help="model folder, single file, hub id, emoji or shapes")
+    drawn.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file, later latent_errors")
+    drawn.add_argument("--resolution", type=int, default=None, help="default: the model's own")
+    drawn.add_argument(
+        "--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9], help="how much is drawn anew, in (0, 1]"
+    )
+    drawn.add_argument("--steps", "--num-inference-steps", type=int, default=10, help="of the whole way")
+    drawn.add_argument("--guidance-scale", type=float, default=None)
+    drawn.add_argument("--sampler", default=None)
+    drawn.add_argument("--batch-size", type=int, default=16)
+    drawn.add_argument("--max-bad-fraction", type=float, default=0.01, help="more unusable samples end the run")
+    drawn.add_argument("--device", default=None)
     verified = commands.add_parser("verify", help="read every byte of a cache", allow_abbrev=False)
     verified.add_argument("cache", type=Path, metavar="CACHE")
     exported = _with_source(commands, "export", "write PNG pictures with metadata.jsonl")
@@ -91,6 +104,7 @@ def run(argv: Sequence[str]) -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "inspect": _inspect,
         "cache": _cache,
+        "errors": _errors,
         "verify": _verify,
         "export": _export,
     }
@@ -141,11 +155,11 @@ def _tokens(model: str | None) -> TokenCounter:
 
 def _cache(args: argparse.Namespace) -> None:
     from ldm.data.batches import SkipCounter
+    from ldm.data.fingerprint import weights_hash
     from ldm.data.latents import CacheSettings
     from ldm.pretrained import read_vae, resolve
     from ldm.training.captions import encode_captions
     from ldm.training.encoding import encode_source, encoding_processes
-    from ldm.training.run_dir import weights_hash
 
     accelerator = encoding_processes(args.device)
     text_encoder = None if args.text_encoder is None else _frozen_text_encoder(args).to(accelerator.device)
@@ -174,6 +188,35 @@ def _cache(args: argparse.Namespace) -> None:
         print(f"{args.output}: {len(cache)} entries of {cache.read} samples")
         for name in cache.skipped:
             print(f"skipped {name}", file=sys.stderr)
+
+
+def _errors(args: argparse.Namespace) -> None:
+    from ldm.cli.device import usable_device
+    from ldm.data.batches import SkipCounter
+    from ldm.pipeline import TextToImage
+    from ldm.training.redrawing import draw_latent_errors
+
+    if args.streaming:
+        raise ValueError("--streaming reads a source once and names no row again; leave it out")
+    pipe = TextToImage.from_pretrained(args.model, usable_device(args.device))
+    side = pipe.default_size if args.resolution is None else args.resolution
+    settings = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+    pipe.plan(height=side, width=side, **settings)
+    source, skips = _open(args, side), SkipCounter(args.max_bad_fraction)
+    with tqdm(total=len(source), desc="drawing", unit="picture", disable=None) as bar:  # type: ignore[arg-type]
+        rows = draw_latent_errors(
+            pipe,
+            source,  # type: ignore[arg-type]
+            side,
+            args.output,
+            args.strengths,
+            skips,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=bar.update,
+            **settings,
+        )
+    print(f"{args.output}: {rows} pictures; {skips.summary()}")
 
 
 def _frozen_text_encoder(args: argparse.Namespace) -> TextEncoder:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ldm.cli import options
 from ldm.cli.device import usable_device
 from ldm.data.batches import Transform
+from ldm.data.fingerprint import weights_hash
 from ldm.data.sources import Columns, RowSource, open_source
 from ldm.evaluation.distribution import Figure
 from ldm.evaluation.features import Decoded, feature_net
@@ -30,7 +31,6 @@ from ldm.evaluation.reconstruction import Pictures
 from ldm.evaluation.report import Run, as_json, markdown, sweep_chart
 from ldm.evaluation.text_image import OpenClip
 from ldm.pipeline import TextToImage
-from ldm.training.run_dir import weights_hash
 from ldm.training.shared_evaluation import process_share
 
 Setting = Mapping[str, Any]

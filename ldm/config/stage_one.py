@@ -124,7 +124,9 @@ class AutoencoderTraining:
     one for each picture, in units of the pretrained model's latents times its `scaling_factor`, as stage two has them.
     An encoder that is trained with it learns latents that bear noise, as far as `loss.kl` keeps them from growing
     beyond it: levels as in the sigma-VAE (Sun et al. 2024, Multimodal Latent Language Modeling, section 2.3), beside a
-    variance that is learnt. With
+    variance that is learnt. `latent_errors`, a file of `ldm-data errors`, holds the errors that stage two does make of
+    these pictures; a decoder trained with a frozen encoder is given them in place of noise for a share
+    `latent_errors_share` of the pictures. With
     `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
     """
 
@@ -133,6 +135,8 @@ class AutoencoderTraining:
     pretrained: str | None = None
     freeze_encoder: bool = False
     latent_noise: float = 0.0
+    latent_errors: str | None = None
+    latent_errors_share: float = 0.75
     scaling_factor: float | None = None
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
@@ -152,6 +156,7 @@ class AutoencoderTraining:
         require(self.optimizer.type == "adamw", "`optimizer.type` is muon; stage one is trained by adamw")
         require(not self.training.ema_snapshots, "`training.ema_snapshots` is true; it is for train_ldm.py")
         self._check_pretrained()
+        self._check_errors()
         self._check_codebook()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         check_buckets(self.data, factor)
@@ -165,6 +170,21 @@ class AutoencoderTraining:
             f"`data.resolution` is {self.data.resolution}; with {len(self.autoencoder.block_out_channels)} "
             f"`autoencoder.block_out_channels` it must be a multiple of {factor}",
         )
+
+    def _check_errors(self) -> None:
+        share, data, plain = self.latent_errors_share, self.data, DataConfig()
+        require(0 < share <= 1, f"`latent_errors_share` is {share}; it must lie in (0, 1]")
+        require(
+            self.latent_errors is None or self.freeze_encoder,
+            f"`latent_errors` is {self.latent_errors!r} and `freeze_encoder` false; it must be true, the errors are "
+            "those of the pretrained encoder's latents",
+        )
+        for name in ("random_flip", "center_crop", "min_crop", "streaming", "buckets"):
+            require(
+                self.latent_errors is None or getattr(data, name) == getattr(plain, name),
+                f"`data.{name}` is {getattr(data, name)} with `latent_errors`; it must be {getattr(plain, name)}, the "
+                "errors are those of every picture's middle square",
+            )
 
     def _check_codebook(self) -> None:
         codes, shape, plain = self.codebook.num_vq_embeddings, self.autoencoder, AutoencoderConfig()

@@ -63,10 +63,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Writes a safetensors file atomically and returns its hash."""
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    save_file(tensors, temporary, metadata)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     digest = file_hash(temporary)

@@ -67,7 +67,7 @@ class AutoencoderTask:
         loss as well, which must be taken before its weights change.
         """
         rows = [generator(self.seed, "latent", step, row) for row in batch.rows]
-        out = self.bottleneck(self.model, batch.image, rows, step)
+        out = self.bottleneck(self.model, batch, rows, step)
         leaf = precise(out.image.detach()).requires_grad_()
         distance = self._distance(leaf, batch.image)
         image_loss = nll(leaf, batch.image, distance, self.weights, self.state.logvar)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics
+from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
 
 
@@ -26,8 +27,8 @@ class Bottleneck(Protocol):
 
     term: str
 
-    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
-        """Encodes and decodes images [B, 3, H, W] with the model, which may be wrapped; draws from `rows`, one each."""
+    def __call__(self, model: nn.Module, batch: PixelBatch, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        """Encodes and decodes a batch with the model, which may be wrapped; draws from `rows`, one for each picture."""
         ...
 
     def remember(self) -> None:
@@ -51,22 +52,37 @@ class GaussianBottleneck:
         error: tau; each picture's latent is decoded with Gaussian noise of standard deviation |N(0, tau^2)| added, in
             the units of the raw latents (Zheng et al. 2025, Diffusion Transformers with Representation Autoencoders,
             noise-augmented decoding).
+        drawn: the errors [B, C, h, w] that stage two makes of the pictures of those names, in the same units, or None;
+            they take the place of noise in a share `drawn_share` of the pictures.
     """
 
     term = "kl"
 
-    def __init__(self, weight: float, latent_channels: int, downsample_factor: int, error: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: float,
+        latent_channels: int,
+        downsample_factor: int,
+        error: float = 0.0,
+        drawn: Callable[[Sequence[str]], Tensor] | None = None,
+        drawn_share: float = 0.0,
+    ) -> None:
         self.weight, self.latent_channels, self.downsample_factor = weight, latent_channels, downsample_factor
-        self.error = error
+        self.error, self.drawn, self.drawn_share = error, drawn, drawn_share
 
-    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
-        height, width = (side // self.downsample_factor for side in image.shape[2:])
+    def __call__(self, model: nn.Module, batch: PixelBatch, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        height, width = (side // self.downsample_factor for side in batch.image.shape[2:])
         shape = (len(rows), self.latent_channels, height, width)
-        noise, error = randn_rows(shape, rows).to(image.device), None
+        noise, error = randn_rows(shape, rows), None
         if self.error > 0:
             level = self.error * randn_rows((len(rows), 1, 1, 1), rows).abs()
-            error = (level * randn_rows(shape, rows)).to(image.device)
-        out: Reconstruction = model(image, noise, error)
+            error = level * randn_rows(shape, rows)
+        if self.drawn is not None:
+            chosen = torch.cat([torch.rand(1, generator=row) for row in rows]) < self.drawn_share
+            other = torch.zeros(shape) if error is None else error
+            error = torch.where(chosen.view(-1, 1, 1, 1), self.drawn(batch.keys), other)
+        device = batch.image.device
+        out: Reconstruction = model(batch.image, noise.to(device), None if error is None else error.to(device))
         kl = out.posterior.kl().mean()
         return Bottled(out.image, out.features, self.weight * kl if kl.requires_grad else None, {"kl": kl.detach()})
 
@@ -98,11 +114,11 @@ class CodebookBottleneck:
         self.codes = len(vae.quantize.embedding.weight)
         self.step, self.gathered = -1, list[Tensor]()
 
-    def __call__(self, model: nn.Module, image: Tensor, rows: Sequence[torch.Generator], step: int) -> Bottled:
-        out: VQReconstruction = model(image)
+    def __call__(self, model: nn.Module, batch: PixelBatch, rows: Sequence[torch.Generator], step: int) -> Bottled:
+        out: VQReconstruction = model(batch.image)
         found = out.quantized
         self._gather(step, out.latents.detach(), found.indices)
-        loss = self.weight * image[0].numel() * found.loss(self.commitment)
+        loss = self.weight * batch.image[0].numel() * found.loss(self.commitment)
         terms = {
             "codebook": found.codebook_loss.detach(),
             "commitment": found.commitment_loss.detach(),

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from conditioning import TextEncoder
 from ldm.config import LatentCacheConfig
+from ldm.data.fingerprint import weights_hash
 from ldm.data.latents import LatentBatch, LatentCache
 from ldm.data.text_cache import TextCache, build_text_cache, distinct_captions, text_settings
 from ldm.tasks.captions import CachedCaptions, Captions, TokenizedCaptions
-from ldm.training.run_dir import weights_hash
 
 CHECKED_CAPTIONS = 10_000
 

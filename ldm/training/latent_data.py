@@ -13,13 +13,13 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from ldm.config import DataConfig, LdmTraining
 from ldm.data.batches import SkipCounter, Transform
+from ldm.data.fingerprint import weights_hash
 from ldm.data.latent_batches import batches_with_prior, latent_batches
 from ldm.data.latents import CacheSettings, LatentBatch, LatentCache
 from ldm.data.order import BatchPlan
 from ldm.data.sources import Source, Stream, every_sample
 from ldm.data.transforms import BadImage
 from ldm.training.encoding import encode_source, encoder
-from ldm.training.run_dir import weights_hash
 
 TRIAL_SAMPLES = 64
 

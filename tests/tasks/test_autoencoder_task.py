@@ -31,6 +31,8 @@ from ldm.config import (
     OptimizerConfig,
 )
 from ldm.data.batches import PixelBatch
+from ldm.data.fingerprint import encoder_hash
+from ldm.data.latent_errors import write_latent_errors
 from ldm.interop.checkpoint import read_folder
 from ldm.networks import UNet, UNetConfig
 from ldm.pretrained import Model, write_model
@@ -54,6 +56,10 @@ def config(**changes: Any) -> AutoencoderTraining:
 def batch(step: int) -> PixelBatch:
     image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(100 + step)) * 2 - 1
     return PixelBatch(image, ("a.png", "b.png"), (0, 1))
+
+
+def blank(count: int) -> PixelBatch:
+    return PixelBatch(torch.zeros(count, 3, 16, 16), tuple(f"{i}.png" for i in range(count)), tuple(range(count)))
 
 
 class Run:
@@ -298,13 +304,54 @@ def test_latent_noise_has_levels_from_a_half_normal_in_units_of_the_latents(
     bottleneck = build_bottleneck(tuning(tmp_path / "model", freeze_encoder=True, latent_noise=0.5), pretrained, abs)
     rows = [generator(7, "latent", row) for row in range(2000)]
     with torch.no_grad():
-        bottleneck(model, torch.zeros(2000, 3, 16, 16), rows, 0)  # type: ignore[arg-type]  # called as a module is
-        bottleneck(model, torch.zeros(2, 3, 16, 16), [generator(7, "latent", row) for row in (5, 3)], 0)  # type: ignore[arg-type]
+        bottleneck(model, blank(2000), rows, 0)  # type: ignore[arg-type]  # called as a module is
+        bottleneck(model, blank(2), [generator(7, "latent", row) for row in (5, 3)], 0)  # type: ignore[arg-type]
     assert torch.equal(asked[1], asked[0][[5, 3]])
     levels = asked[0].square().mean((1, 2, 3)).sqrt()
     assert levels.mean().item() == pytest.approx(0.5 * (2 / math.pi) ** 0.5, rel=4 * 0.017)
     assert levels.square().mean().item() == pytest.approx(0.25, rel=4 * 0.032)
     assert (asked[0] / levels.view(-1, 1, 1, 1)).mean().abs().item() < 4 / (2000 * 256) ** 0.5
+
+
+@pytest.mark.parametrize("latent_noise", [0.0, 0.5])
+def test_measured_errors_take_the_place_of_noise_in_their_share_of_the_pictures(
+    tmp_path: Path, pretrained: AutoencoderKL, latent_noise: float
+) -> None:
+    """2,000 pictures, each with its own error; the share within 4 standard errors of a coin of 0.75."""
+    asked: list[Tensor] = []
+
+    def model(image: Tensor, noise: Tensor, error: Tensor) -> Reconstruction:
+        asked.append(error * SHAPE.scaling_factor)
+        return pretrained(image, noise, error)
+
+    drawn = torch.randn(2000, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    write_latent_errors(tmp_path / "errors.safetensors", blank(2000).keys, drawn, encoder_hash(pretrained))
+    settings = {"freeze_encoder": True, "latent_noise": latent_noise}
+    chosen = tuning(tmp_path / "model", **settings, latent_errors=str(tmp_path / "errors.safetensors"))
+    bottleneck = build_bottleneck(chosen, pretrained, abs)
+    with torch.no_grad():
+        bottleneck(model, blank(2000), [generator(7, "latent", row) for row in range(2000)], 0)  # type: ignore[arg-type]
+    measured = (asked[0] - drawn).abs().amax((1, 2, 3)) < 2e-3  # half precision in the file
+    assert measured.float().mean().item() == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 2000) ** 0.5)
+    others = asked[0][~measured]
+    assert others.square().mean().item() == pytest.approx(latent_noise**2, rel=4 * 0.064)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "shape", "message"),
+    [
+        ("another", (4, 8, 8), "made with another encoder than that of `pretrained`"),
+        (None, (4, 4, 4), r"rows are \[4, 4, 4\]; those of `pretrained` at `data.resolution` 16 would be \[4, 8, 8\]"),
+    ],
+)
+def test_errors_of_other_latents_are_refused(
+    tmp_path: Path, pretrained: AutoencoderKL, encoder: str | None, shape: tuple[int, ...], message: str
+) -> None:
+    file = tmp_path / "errors.safetensors"
+    write_latent_errors(file, ("a",), torch.zeros(1, *shape), encoder or encoder_hash(pretrained))
+    chosen = tuning(tmp_path / "model", freeze_encoder=True, latent_errors=str(file))
+    with pytest.raises(ConfigError, match=message):
+        build_bottleneck(chosen, pretrained, abs)
 
 
 def test_latent_noise_is_added_to_the_sample_that_is_decoded(tmp_path: Path, pretrained: AutoencoderKL) -> None:

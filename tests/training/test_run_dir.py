@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ldm.config import ConfigError, OptimizerConfig
 from ldm.config.file import Launch
+from ldm.data.fingerprint import weights_hash
 from ldm.training.optim import adamw
-from ldm.training.run_dir import DamagedState, RunDir, read_state, weights_hash, write_state
+from ldm.training.run_dir import DamagedState, RunDir, read_state, write_state
 
 AUTO, NEVER = Launch("auto", False, False), Launch("never", False, False)
 CONFIG = "output_dir: out\ntraining: {max_train_steps: 10}\n"
