@@ -184,7 +184,7 @@ def build_bottleneck(
     """How the latents are regularised while the autoencoder trains.
 
     Raises:
-        ConfigError: `latent_noise` or `latent_errors` for the latents of a codebook, or a file for other latents.
+        ConfigError: `latent_noise` or `latent_errors` for the latents of a codebook, or a file that does not fit.
     """
     if isinstance(vae, VQModel):
         for name, value in (("latent_noise", config.latent_noise or None), ("latent_errors", config.latent_errors)):
@@ -199,7 +199,7 @@ def build_bottleneck(
     if config.latent_errors is None:
         return gaussian(config.latent_noise / scale)
     errors = _latent_errors(config, vae)
-    return gaussian(config.latent_noise / scale, lambda keys: errors.of(keys) / scale, config.latent_errors_share)
+    return gaussian(config.latent_noise / scale, errors.of, config.latent_errors_share)
 
 
 def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentErrors:
@@ -218,6 +218,12 @@ def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentErr
         raise ConfigError(
             f"`latent_errors` is {config.latent_errors}, made with another encoder than that of `pretrained` "
             f"{config.pretrained!r}; make it anew"
+        )
+    source = build_source(config.data, config.data.split, config.seed)
+    if errors.data[1] != source.fingerprint():
+        raise ConfigError(
+            f"`latent_errors` is {config.latent_errors}, made of {errors.data[0]!r}, which is not what `data` has now, "
+            f"{source.name!r} with {len(source)} pictures; its columns, its seed or its pictures differ: make it anew"
         )
     return errors
 

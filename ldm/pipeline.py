@@ -305,25 +305,31 @@ class TextToImage:
             return LinearPreview.of_decoder(self.codec, _generator(0))
 
     @torch.no_grad()
-    def redraw(self, prompts: Sequence[str], z: Tensor, strength: float, seed: int = 0, **settings: Any) -> Tensor:
+    def redraw(
+        self, prompts: Sequence[str], z: Tensor, strength: float, seeds: Sequence[int], **settings: Any
+    ) -> Tensor:
         """Latents as the model would have drawn them: noised to `strength` of the way and denoised with their prompts.
 
-        SDEdit (Meng et al. 2022) between latents; at strength 1 nothing of z is left. Picture i uses seed + i.
+        SDEdit (Meng et al. 2022) between latents; at strength 1 nothing of z is left.
 
         Args:
+            prompts: one for each picture.
             z: latents [N, C, h, w] as the denoiser has them, see `LatentCodec`.
+            seeds: one for each picture.
             settings: those of `plan` but for the size, which is z's, and what it starts from.
 
         Raises:
             ValueError: naming the argument that is out of range.
         """
+        if not len(prompts) == len(z) == len(seeds):
+            raise ValueError(f"{len(z)} latents need as many prompts and seeds, got {len(prompts)} and {len(seeds)}")
         height, width = (side * self.model.vae.downsample_factor for side in z.shape[2:])
         plan = self.plan(height=height, width=width, **settings)
         plan = replace(plan, timesteps=shortened(plan.timesteps, strength))
         drawn: list[Tensor] = []
         for told, untold in condition_batches(self.model.text_encoder, prompts, None, 1, len(prompts), "plain"):
             rows = range(sum(map(len, drawn)), sum(map(len, drawn)) + len(told))
-            rng = [_generator(seed + row) for row in rows]
+            rng = [_generator(seeds[row]) for row in rows]
             noise = randn_rows((len(rows), *plan.shape), rng)
             start = z[rows.start : rows.stop].to(self.device, torch.float32) if strength < 1 else None
             conditions = self._kwargs(told, plan.shape), self._kwargs(untold, plan.shape)

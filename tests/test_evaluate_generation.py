@@ -112,7 +112,7 @@ def test_the_report_its_page_and_its_pictures(
     assert report["settings"] == {
         "model": str(tiny_model_folder), "revision": None, "data": str(data), "split": "validation",
         "caption_split": "validation", "caption_column": "text", "resolution": 32, "sampler": "ddim", "seed": 0, "features": f"open_clip:{clip}", "feature_dimensions": 16,
-        "clip": clip, "candidates": 3, "best_of": 1, "ranker": None, "num_reference": 6, "num_training": 12, "label_column": "shade",
+        "clip": clip, "candidates": 3, "best_of": 1, "ranker": None, "ranker_weights": None, "num_reference": 6, "num_training": 12, "label_column": "shade",
         "bootstrap": 20, "skipped": 0,
     }  # fmt: skip
     page = (output / "report.md").read_text()

@@ -301,6 +301,7 @@ def test_no_prompt(refused: Any) -> None:
         (["--best-of", "0"], "--best-of is 0; it must be at least 1"),
         (["--best-of", "2"], "--best-of needs --ranker NAME, a CLIP to choose"),
         (["--ranker", "ViT-B-32"], "--ranker needs --best-of N"),
+        (["--ranker-weights", "{start}"], "--ranker-weights needs --ranker"),
         (["--best-of", "2", "--ranker", "ViT-B-32"], "--ranker ViT-B-32: its `weights` must be a local checkpoint"),
         (
             ["--best-of", "2", "--ranker", "local-dir:{missing}"],

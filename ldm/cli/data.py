@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -191,6 +192,8 @@ def _cache(args: argparse.Namespace) -> None:
 
 
 def _errors(args: argparse.Namespace) -> None:
+    import torch
+
     from ldm.cli.device import usable_device
     from ldm.data.batches import SkipCounter
     from ldm.pipeline import TextToImage
@@ -198,7 +201,9 @@ def _errors(args: argparse.Namespace) -> None:
 
     if args.streaming:
         raise ValueError("--streaming reads a source once and names no row again; leave it out")
-    pipe = TextToImage.from_pretrained(args.model, usable_device(args.device))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("ldm-data errors is the work of one process; start it without accelerate or torchrun")
+    pipe = TextToImage.from_pretrained(args.model, usable_device(args.device), torch.float32)
     side = pipe.default_size if args.resolution is None else args.resolution
     settings = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
     pipe.plan(height=side, width=side, **settings)

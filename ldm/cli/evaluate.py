@@ -111,6 +111,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     args.model = args.model or ("emoji" if args.data == "emoji" and args.suite != "shapes" else "shapes")
     if args.suite == "generation":
         return _generation(args)
+    if args.best_of != 1 or args.ranker is not None:
+        raise ValueError(f"--best-of and --ranker are for the generation suite, not for --suite {args.suite}")
     if args.output and (Path(args.output).suffix == ".png" or Path(args.output).is_dir()):
         raise ValueError(f"--output is {args.output}; it must be a .json file, the picture is written beside it")
     report, grid = _shapes(args) if args.suite == "shapes" else _reconstruction(args)

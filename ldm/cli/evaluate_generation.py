@@ -246,6 +246,7 @@ class GenerationSuite:
             "candidates": args.candidates if self.judges.text_image is not None else None,
             "best_of": args.best_of,
             "ranker": args.ranker,
+            "ranker_weights": args.ranker_weights,
             "num_reference": len(comparison.reference),
             "num_training": 0 if known is None else len(known),
             "label_column": args.label_column,

@@ -87,6 +87,8 @@ def ranking(args: argparse.Namespace, device: torch.device) -> Ranking:
     if (args.best_of > 1) != (args.ranker is not None):
         have, lack = ("best-of", "ranker NAME, a CLIP to choose") if args.ranker is None else ("ranker", "best-of N")
         raise ValueError(f"--{have} needs --{lack}")
+    if args.ranker is None and args.ranker_weights is not None:
+        raise ValueError("--ranker-weights needs --ranker, the architecture that they are of")
     from ldm.evaluation.ranking import Ranking
     from ldm.evaluation.text_image import OpenClip
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from conditioning.weighting import parse_weights
 from ldm.data.transforms import to_tensor
 from ldm.evaluation.text_image import TextImageModel
 from ldm.pipeline import TextToImage
@@ -54,15 +55,22 @@ class Ranking:
             part = captions[first : first + together]
             seeds = range(self.seeds(seed, first).start, self.seeds(seed, first + len(part)).start)
             images = pipe(part, num_images=self.count, seed=seeds.start, batch_size=batch_size, **settings)
-            chosen += [Chosen(images[row], seeds[row]) for row in self._best(images, part, pipe.device)]
+            texts = [plain(text) for text in part] if settings.get("prompt_syntax") == "a1111" else part
+            chosen += [Chosen(images[row], seeds[row]) for row in self._best(images, texts, batch_size)]
         return chosen
 
     @torch.no_grad()
-    def _best(self, images: Sequence[Image.Image], captions: Sequence[str], device: torch.device) -> list[int]:
+    def _best(self, images: Sequence[Image.Image], captions: Sequence[str], batch_size: int) -> list[int]:
         if self.model is None or self.count == 1:
             return list(range(len(images)))
-        pixels = torch.stack([to_tensor(image) for image in images]).to(device)
-        return best_rows(self.model.images(pixels), self.model.texts(captions)).tolist()
+        parts = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+        seen = [self.model.images(torch.stack([to_tensor(image) for image in part])) for part in parts]
+        return best_rows(torch.cat(seen), self.model.texts(captions)).tolist()
+
+
+def plain(prompt: str) -> str:
+    """A prompt of AUTOMATIC1111's syntax without its weights; its pieces, read apart, stay apart."""
+    return " ".join(" ".join(text for text, _ in parse_weights(prompt)).split())
 
 
 def best_rows(images: Tensor, captions: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,30 +41,57 @@ def draw_latent_errors(
     caption, and what they were before is subtracted.
 
     Args:
-        strengths: how far they are noised, in (0, 1]; one batch after the other takes the next.
+        strengths: how far they are noised, in (0, 1]; one picture after the other takes the next.
+        batch_size: pictures at once; changes speed and memory only.
         progress: called with the number of pictures just redrawn.
         settings: those of `TextToImage.redraw`; picture i uses seed + i.
 
     Raises:
-        ValueError: naming the setting that is out of range.
+        ValueError: naming the setting that is out of range, or the name that two pictures have; `path` is a folder; no
+            picture can be used.
+        FloatingPointError: what is drawn is not finite.
         TooManyBadSamples: when more pictures than allowed cannot be used.
     """
     for strength in strengths:
         check_strength(strength)
-    keys, errors = list[str](), list[Tensor]()
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; the errors are written to a file")
+    keys, errors = dict[str, None](), list[Tensor]()
     readable = _readable(source, Transform(resolution), skips)
-    for strength in itertools.cycle(strengths):
-        batch = list(itertools.islice(readable, batch_size))
-        if not batch:
-            break
-        with torch.no_grad():
-            z = pipe.codec.encode(torch.stack([sample.image for sample in batch]).to(pipe.device)).float()
-        captions = [sample.caption for sample in batch]
-        errors.append((pipe.redraw(captions, z, strength, seed + len(keys), **settings) - z).cpu())
-        keys += [sample.key for sample in batch]
-        progress(len(batch))
-    write_latent_errors(path, keys, torch.cat(errors), encoder_hash(pipe.model.vae))
+    while samples := list(itertools.islice(readable, batch_size * len(strengths))):
+        first, drawn = len(keys), torch.empty(0)
+        for turn, strength in enumerate(strengths):
+            part = samples[turn :: len(strengths)]
+            if part:
+                seeds = range(seed + first + turn, seed + first + len(samples), len(strengths))
+                error = _errors(pipe, part, strength, seeds, settings)
+                drawn = error.new_empty(len(samples), *error.shape[1:]) if turn == 0 else drawn
+                drawn[turn :: len(strengths)] = error
+                progress(len(part))
+        for sample in samples:
+            if sample.key in keys:
+                raise ValueError(f"two pictures of {source.name} are named {sample.key}; their errors need names")
+            keys[sample.key] = None
+        errors.append(drawn)
+    if not keys:
+        raise ValueError(f"no picture of {source.name} could be used: {skips.summary()}")
+    data = (source.name, source.fingerprint())
+    write_latent_errors(path, list(keys), torch.cat(errors), encoder_hash(pipe.model.vae), data)
     return len(keys)
+
+
+@torch.no_grad()
+def _errors(
+    pipe: TextToImage, part: Sequence[_Sample], strength: float, seeds: Sequence[int], settings: Mapping[str, Any]
+) -> Tensor:
+    """Of some pictures, in half precision [N, C, h, w], in units of the raw latents."""
+    z = pipe.codec.encode(torch.stack([sample.image for sample in part]).to(pipe.device)).float()
+    drawn = pipe.redraw([sample.caption for sample in part], z, strength, seeds, **settings)
+    error = ((drawn - z) / torch.as_tensor(pipe.codec.scale).to(z)).half().cpu()
+    for sample, row in zip(part, error, strict=True):
+        if not row.isfinite().all():
+            raise FloatingPointError(f"what the model draws of {sample.key} is not finite; its weights are damaged")
+    return error
 
 
 def _readable(source: Source, transform: Transform, skips: SkipCounter) -> Iterator[_Sample]:

@@ -55,6 +55,20 @@ def test_the_best_candidate_is_kept_with_the_seed_that_draws_it(pipe: TextToImag
         assert image.tobytes() == candidates[seed].tobytes()
 
 
+def test_candidates_are_ranked_by_the_words_without_their_weights(pipe: TextToImage) -> None:
+    asked = list[str]()
+
+    class Listener(Brightness):
+        def texts(self, captions: Sequence[str]) -> Tensor:
+            asked.extend(captions)
+            return super().texts(captions)
+
+    prompts, ranking = [r"a (very:1.3) [dark] \(old\) star", "[plain]"], Ranking(2, Listener())
+    ranking.draw(pipe, prompts, 0, steps=1, prompt_syntax="a1111")
+    ranking.draw(pipe, prompts[1:], 0, steps=1)
+    assert asked == ["a very dark (old) star", "plain", "[plain]"]
+
+
 def test_one_candidate_is_what_the_pipeline_draws(pipe: TextToImage) -> None:
     captions = ["bright", "dark", "bright"]
     chosen = Ranking().draw(pipe, captions, 3, batch_size=2, steps=1)

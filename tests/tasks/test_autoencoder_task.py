@@ -21,6 +21,7 @@ from ldm.build import (
     build_loss_state,
     build_loss_weights,
     build_penalties,
+    build_source,
 )
 from ldm.config import (
     AutoencoderLossConfig,
@@ -56,6 +57,12 @@ def config(**changes: Any) -> AutoencoderTraining:
 def batch(step: int) -> PixelBatch:
     image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(100 + step)) * 2 - 1
     return PixelBatch(image, ("a.png", "b.png"), (0, 1))
+
+
+def data() -> tuple[str, str]:
+    """Name and fingerprint of the data of `config`."""
+    source = build_source(DataConfig(resolution=16), "train", 0)
+    return source.name, source.fingerprint()
 
 
 def blank(count: int) -> PixelBatch:
@@ -313,27 +320,27 @@ def test_latent_noise_has_levels_from_a_half_normal_in_units_of_the_latents(
     assert (asked[0] / levels.view(-1, 1, 1, 1)).mean().abs().item() < 4 / (2000 * 256) ** 0.5
 
 
-@pytest.mark.parametrize("latent_noise", [0.0, 0.5])
+@pytest.mark.parametrize(("latent_noise", "share"), [(0.0, 0.75), (0.5, 0.25)])
 def test_measured_errors_take_the_place_of_noise_in_their_share_of_the_pictures(
-    tmp_path: Path, pretrained: AutoencoderKL, latent_noise: float
+    tmp_path: Path, pretrained: AutoencoderKL, latent_noise: float, share: float
 ) -> None:
-    """2,000 pictures, each with its own error; the share within 4 standard errors of a coin of 0.75."""
+    """2,000 pictures, each with its own error; the share within 4 standard errors of a coin's."""
     asked: list[Tensor] = []
 
     def model(image: Tensor, noise: Tensor, error: Tensor) -> Reconstruction:
-        asked.append(error * SHAPE.scaling_factor)
+        asked.append(error)
         return pretrained(image, noise, error)
 
     drawn = torch.randn(2000, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    write_latent_errors(tmp_path / "errors.safetensors", blank(2000).keys, drawn, encoder_hash(pretrained))
-    settings = {"freeze_encoder": True, "latent_noise": latent_noise}
+    write_latent_errors(tmp_path / "errors.safetensors", blank(2000).keys, drawn, encoder_hash(pretrained), data())
+    settings = {"freeze_encoder": True, "latent_noise": latent_noise, "latent_errors_share": share}
     chosen = tuning(tmp_path / "model", **settings, latent_errors=str(tmp_path / "errors.safetensors"))
     bottleneck = build_bottleneck(chosen, pretrained, abs)
     with torch.no_grad():
         bottleneck(model, blank(2000), [generator(7, "latent", row) for row in range(2000)], 0)  # type: ignore[arg-type]
     measured = (asked[0] - drawn).abs().amax((1, 2, 3)) < 2e-3  # half precision in the file
-    assert measured.float().mean().item() == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 2000) ** 0.5)
-    others = asked[0][~measured]
+    assert measured.float().mean().item() == pytest.approx(share, abs=4 * (0.75 * 0.25 / 2000) ** 0.5)
+    others = asked[0][~measured] * SHAPE.scaling_factor
     assert others.square().mean().item() == pytest.approx(latent_noise**2, rel=4 * 0.064)
 
 
@@ -341,6 +348,7 @@ def test_measured_errors_take_the_place_of_noise_in_their_share_of_the_pictures(
     ("encoder", "shape", "message"),
     [
         ("another", (4, 8, 8), "made with another encoder than that of `pretrained`"),
+        (None, (4, 8, 8), "made of 'other', which is not what `data` has now, 'shapes:train:0:None:16'"),
         (None, (4, 4, 4), r"rows are \[4, 4, 4\]; those of `pretrained` at `data.resolution` 16 would be \[4, 8, 8\]"),
     ],
 )
@@ -348,7 +356,7 @@ def test_errors_of_other_latents_are_refused(
     tmp_path: Path, pretrained: AutoencoderKL, encoder: str | None, shape: tuple[int, ...], message: str
 ) -> None:
     file = tmp_path / "errors.safetensors"
-    write_latent_errors(file, ("a",), torch.zeros(1, *shape), encoder or encoder_hash(pretrained))
+    write_latent_errors(file, ("a",), torch.zeros(1, *shape), encoder or encoder_hash(pretrained), ("other", "data"))
     chosen = tuning(tmp_path / "model", freeze_encoder=True, latent_errors=str(file))
     with pytest.raises(ConfigError, match=message):
         build_bottleneck(chosen, pretrained, abs)
