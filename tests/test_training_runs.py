@@ -428,6 +428,32 @@ def test_a_run_against_features_on_two_processes_is_the_same_training(projected:
     assert_weights_close(projected, run, "vae", atol=1e-4)
 
 
+def test_a_decoder_learns_the_errors_of_stage_two_and_survives_a_kill(
+    ldm: Path, autoencoder: Path, workshop: Path
+) -> None:
+    """`ldm-data errors`, then the training: the same bits after a kill, nearly the same on two processes."""
+    errors = workshop / "errors.safetensors"
+    argv = ["errors", "shapes", "--model", str(ldm / "export"), "--output", str(errors), "--steps", "2"]
+    data.run([*argv, "--max-samples", str(STAGE_ONE["data"]["max_train_samples"]), "--device", "cpu"])
+    content = {key: value for key, value in STAGE_ONE.items() if key != "autoencoder"}
+    content |= {"pretrained": str(autoencoder / "export"), "freeze_encoder": True, "latent_errors": str(errors)}
+    whole, killed, two = (workshop / f"{name}_errors" for name in ("whole", "killed", "two"))
+    done = train("train_autoencoder.py", "--config", config_file(whole, content))
+    assert done.returncode == 0, done.stderr
+    command = ("train_autoencoder.py", "--config", config_file(killed, content))
+    assert train(*command, patch=AFTER_UPDATE.format(updates=3, signal="SIGKILL", rank=0)).returncode == -9
+    resumed = train(*command)
+    assert resumed.returncode == 0 and "at step 2" in resumed.stdout, resumed.stderr
+    assert weights(killed) == weights(whole)
+    ranks = train_on_two(
+        "train_autoencoder.py", "--config", config_file(two, content), "--training.train_batch_size", "4"
+    )
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
+    assert_weights_close(whole, two, "vae", atol=1e-4)
+    without = train(*command[:2], config_file(workshop / "no_errors", content | {"latent_errors": None}))
+    assert without.returncode == 0 and weights(workshop / "no_errors") != weights(whole)
+
+
 # --- stage one with a codebook
 
 
