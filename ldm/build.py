@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -194,35 +193,37 @@ def build_bottleneck(
                     "out"
                 )
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
-    scale = vae.config.scaling_factor
-    gaussian = partial(GaussianBottleneck, config.loss.kl, vae.latent_channels, vae.downsample_factor)
-    if config.latent_errors is None:
-        return gaussian(config.latent_noise / scale)
-    errors = _latent_errors(config, vae)
-    return gaussian(config.latent_noise / scale, errors.of, config.latent_errors_share)
+    return GaussianBottleneck(
+        config.loss.kl,
+        vae.latent_channels,
+        vae.downsample_factor,
+        config.latent_noise / vae.config.scaling_factor,
+        None if config.latent_errors is None else _latent_errors(config, vae, config.latent_errors).of,
+        config.latent_errors_share,
+    )
 
 
-def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentErrors:
+def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL, path: str) -> LatentErrors:
     try:
-        errors = LatentErrors(config.latent_errors or "")
+        errors = LatentErrors(path)
     except ValueError as error:
         raise ConfigError(f"`latent_errors`: {error}") from error
     side = config.data.resolution // vae.downsample_factor
     shape = (vae.latent_channels, side, side)
     if errors.shape != shape:
         raise ConfigError(
-            f"`latent_errors` is {config.latent_errors}, whose rows are {list(errors.shape)}; those of `pretrained` at "
+            f"`latent_errors` is {path}, whose rows are {list(errors.shape)}; those of `pretrained` at "
             f"`data.resolution` {config.data.resolution} would be {list(shape)}"
         )
     if errors.encoder != encoder_hash(vae):
         raise ConfigError(
-            f"`latent_errors` is {config.latent_errors}, made with another encoder than that of `pretrained` "
+            f"`latent_errors` is {path}, made with another encoder than that of `pretrained` "
             f"{config.pretrained!r}; make it anew"
         )
     source = build_source(config.data, config.data.split, config.seed)
     if errors.data[1] != source.fingerprint():
         raise ConfigError(
-            f"`latent_errors` is {config.latent_errors}, made of {errors.data[0]!r}, which is not what `data` has now, "
+            f"`latent_errors` is {path}, made of {errors.data[0]!r}, which is not what `data` has now, "
             f"{source.name!r} with {len(source)} pictures; its columns, its seed or its pictures differ: make it anew"
         )
     return errors

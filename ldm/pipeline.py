@@ -191,7 +191,7 @@ class TextToImage:
             rng = [_generator(seed + row) for row in rows]
             noise = randn_rows((len(rows), *plan.shape), rng) if latents is None else latents[first : first + len(rows)]
             told, untold = self._kwargs(condition, plan.shape), self._kwargs(unconditional, plan.shape)
-            images += self._draw(plan, told, untold, noise, rng)
+            images += self._pictures(plan, self._latents(plan, told, untold, noise, rng))
             if progress is not None:
                 progress(len(rows))
             first += len(rows)
@@ -233,7 +233,8 @@ class TextToImage:
             randn_rows((len(rng), *plan.shape), rng)
             between = lerp_conditions(one, other, here)
             away = self._kwargs(unconditional.index(torch.zeros(len(here), dtype=torch.long)), plan.shape)
-            images += self._draw(plan, between, away, slerp(ends[0], ends[1], here), rng)
+            z = self._latents(plan, between, away, slerp(ends[0], ends[1], here), rng)
+            images += self._pictures(plan, z)
             if progress is not None:
                 progress(len(here))
         return images
@@ -336,16 +337,8 @@ class TextToImage:
             drawn.append(self._latents(replace(plan, start=start), *conditions, noise, rng))
         return torch.cat(drawn)
 
-    def _draw(
-        self,
-        plan: Plan,
-        condition: NetworkConditioning,
-        unconditional: NetworkConditioning,
-        noise: Tensor,
-        rng: Sequence[torch.Generator],
-    ) -> list[Image.Image]:
-        """One batch: noise [B, C, h, w] under conditions of B rows, decoded one by one."""
-        z = self._latents(plan, condition, unconditional, noise, rng)
+    def _pictures(self, plan: Plan, z: Tensor) -> list[Image.Image]:
+        """Latents [B, C, h, w], decoded one by one."""
         return [image for row in torch.split(z, 1) for image in to_images(self._decode(row, plan.decode))]
 
     def _latents(
@@ -356,7 +349,7 @@ class TextToImage:
         noise: Tensor,
         rng: Sequence[torch.Generator],
     ) -> Tensor:
-        """One batch of latents [B, C, h, w] from noise of that shape."""
+        """One batch of latents [B, C, h, w] from noise of that shape, under conditions of B rows."""
         x = self._start(noise.to(self.device, torch.float32), plan.start, plan.timesteps)
         denoise = plan.guidance.denoiser(
             self._network if plan.channels is None else with_channels(self._network, plan.channels),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.data.batches import SkipCounter, Transform
 from ldm.data.fingerprint import encoder_hash
 from ldm.data.latent_errors import write_latent_errors
-from ldm.data.sources import Source
+from ldm.data.sources import Source, every_sample
 from ldm.data.transforms import BadImage
 from ldm.pipeline import TextToImage, check_strength
 
@@ -59,20 +59,17 @@ def draw_latent_errors(
     keys, errors = dict[str, None](), list[Tensor]()
     readable = _readable(source, Transform(resolution), skips)
     while samples := list(itertools.islice(readable, batch_size * len(strengths))):
-        first, drawn = len(keys), torch.empty(0)
-        for turn, strength in enumerate(strengths):
-            part = samples[turn :: len(strengths)]
-            if part:
-                seeds = range(seed + first + turn, seed + first + len(samples), len(strengths))
-                error = _errors(pipe, part, strength, seeds, settings)
-                drawn = error.new_empty(len(samples), *error.shape[1:]) if turn == 0 else drawn
-                drawn[turn :: len(strengths)] = error
-                progress(len(part))
+        places = [range(turn, len(samples), len(strengths)) for turn in range(min(len(strengths), len(samples)))]
+        drawn = list[Tensor]()
+        for strength, part in zip(strengths, places, strict=False):
+            seeds = [seed + len(keys) + place for place in part]
+            drawn.append(_errors(pipe, [samples[place] for place in part], strength, seeds, settings))
+            progress(len(part))
+        errors.append(torch.cat(drawn)[torch.tensor(list(itertools.chain(*places))).argsort()])
         for sample in samples:
             if sample.key in keys:
                 raise ValueError(f"two pictures of {source.name} are named {sample.key}; their errors need names")
             keys[sample.key] = None
-        errors.append(drawn)
     if not keys:
         raise ValueError(f"no picture of {source.name} could be used: {skips.summary()}")
     data = (source.name, source.fingerprint())
@@ -95,11 +92,9 @@ def _errors(
 
 
 def _readable(source: Source, transform: Transform, skips: SkipCounter) -> Iterator[_Sample]:
-    for index in range(len(source)):
-        try:
-            example = source[index]
-        except BadImage as error:
-            skips.add(1, (str(error),))
+    for index, item in enumerate(every_sample(source)):
+        if isinstance(item, BadImage):
+            skips.add(1, (str(item),))
             continue
         skips.add(1, ())
-        yield _Sample(example.key, example.captions[0], transform(example, 0, index))
+        yield _Sample(item.key, item.captions[0], transform(item, 0, index))
