@@ -44,18 +44,19 @@ class RunDir:
     def prepare(self, config_yaml: str, launch: Launch, completed: Callable[[str], str] = str) -> None:
         """Takes the folder's lock, compares its config with this one's, and writes config.yaml.
 
-        `completed` gives the text of an older config the settings that came since.
+        A run that ended before its first state, such as one whose data were not to be read, may start with another
+        config. `completed` gives the text of an older config the settings that came since.
 
         Raises:
             ConfigError: when the folder is used and resuming is refused, in use by another process, or its config
-            differs.
+            differs from that of its states.
         """
         if launch.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not empty and --resume never was given; choose another output_dir")
         self.make_folders()
         self._take_lock()
         path = self.folder / "config.yaml"
-        if path.exists() and not launch.allow_config_change:
+        if path.exists() and self.complete() and not launch.allow_config_change:
             changed = differences(completed(path.read_text()), config_yaml)
             if changed:
                 raise ConfigError(

@@ -232,6 +232,13 @@ def test_a_changed_config_is_refused_with_the_list(tmp_path: Path) -> None:
     RunDir(tmp_path).prepare(changed, AUTO)
 
 
+def test_a_run_without_a_state_starts_with_another_config(tmp_path: Path) -> None:
+    RunDir(tmp_path).prepare(CONFIG, AUTO)
+    corrected = "output_dir: out\nseed: 3\n"
+    RunDir(tmp_path).prepare(corrected, AUTO)
+    assert (tmp_path / "config.yaml").read_text() == corrected
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
