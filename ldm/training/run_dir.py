@@ -44,19 +44,20 @@ class RunDir:
     def prepare(self, config_yaml: str, launch: Launch, completed: Callable[[str], str] = str) -> None:
         """Takes the folder's lock, compares its config with this one's, and writes config.yaml.
 
-        A run that ended before its first state, such as one whose data were not to be read, may start with another
+        A run that ended before it saved anything, such as one whose data were not to be read, may start with another
         config. `completed` gives the text of an older config the settings that came since.
 
         Raises:
             ConfigError: when the folder is used and resuming is refused, in use by another process, or its config
-            differs from that of its states.
+            differs from that of what it holds.
         """
         if launch.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not empty and --resume never was given; choose another output_dir")
         self.make_folders()
         self._take_lock()
         path = self.folder / "config.yaml"
-        if path.exists() and self.complete() and not launch.allow_config_change:
+        saved = bool(self.complete() or self.snapshots() or self.export.exists())
+        if path.exists() and saved and not launch.allow_config_change:
             changed = differences(completed(path.read_text()), config_yaml)
             if changed:
                 raise ConfigError(

@@ -239,6 +239,15 @@ def test_a_run_without_a_state_starts_with_another_config(tmp_path: Path) -> Non
     assert (tmp_path / "config.yaml").read_text() == corrected
 
 
+@pytest.mark.parametrize("saved", ["state/step_000002", "ema/step_000002", "export"])
+def test_whatever_a_run_saved_keeps_its_config(tmp_path: Path, saved: str) -> None:
+    RunDir(tmp_path).prepare(CONFIG, AUTO)
+    (tmp_path / saved).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="another config"):
+        RunDir(tmp_path).prepare("output_dir: out\nseed: 3\n", AUTO)
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
