@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,27 @@ def nll(
     per_image = reconstruction(image, target, weights.reconstruction) + weights.perceptual * values * perceptual
     logvar = torch.as_tensor(logvar, dtype=per_image.dtype, device=per_image.device)
     return per_image.mean() * torch.exp(-logvar) + values * logvar
+
+
+def label_logits(mean: Tensor, labels: int, temperature: float) -> Tensor:
+    """How far the latents of each picture lean towards each label: logits [B, labels] of latents [B, C, h, w].
+
+    Their mean over space, dotted with one fixed direction for each label, over the temperature (in units of the
+    latents). The directions are orthonormal: rows of the cosine transform of length C, without the constant one.
+    Cross-entropy on these logits gives the labels a part of the latents that is the same at all places, which a small
+    error in the latents cannot blur.
+
+    Raises:
+        ValueError: fewer than two labels, or not fewer than latent channels.
+    """
+    channels = mean.shape[1]
+    if not 2 <= labels < channels:
+        raise ValueError(f"{channels} latent channels tell 2 to {channels - 1} labels apart, got {labels}")
+    order = torch.arange(1, labels + 1, dtype=torch.float64).unsqueeze(1)
+    place = (torch.arange(channels, dtype=torch.float64) + 0.5) / channels
+    directions = (2 / channels) ** 0.5 * torch.cos(math.pi * order * place)
+    logits: Tensor = mean.mean((2, 3)) @ directions.T.to(mean) / temperature
+    return logits
 
 
 class LeCam(nn.Module):

@@ -70,7 +70,7 @@ from ldm.networks import LatentClassifier, UNet
 from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_vae, resolve
 from ldm.process import Objective, TrainingNoise
 from ldm.seeds import generator, seed_of
-from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck
+from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck, LatentLabels
 from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDraw
 
 
@@ -183,11 +183,16 @@ def build_bottleneck(
     """How the latents are regularised while the autoencoder trains.
 
     Raises:
-        ConfigError: `latent_noise` or `latent_errors` for the latents of a codebook, or a file that does not fit.
+        ConfigError: `latent_noise`, `latent_errors` or `latent_labels` for the latents of a codebook, a file that does
+            not fit, or more labels than the latent channels can tell apart.
     """
     if isinstance(vae, VQModel):
-        for name, value in (("latent_noise", config.latent_noise or None), ("latent_errors", config.latent_errors)):
-            if value is not None:
+        for name, value in (
+            ("latent_noise", config.latent_noise),
+            ("latent_errors", config.latent_errors),
+            ("latent_labels.names", list(config.latent_labels.names)),
+        ):
+            if value:
                 raise ConfigError(
                     f"`{name}` is {value}, but `pretrained` has a codebook, which decodes its own codes only; leave it "
                     "out"
@@ -200,7 +205,18 @@ def build_bottleneck(
         config.latent_noise / vae.config.scaling_factor,
         None if config.latent_errors is None else _latent_errors(config, vae, config.latent_errors).of,
         config.latent_errors_share,
+        _latent_labels(config, vae) if config.latent_labels.names else None,
     )
+
+
+def _latent_labels(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentLabels:
+    labels, channels = config.latent_labels, vae.latent_channels
+    if len(labels.names) >= channels:
+        raise ConfigError(
+            f"`latent_labels.names` holds {len(labels.names)} labels; the {channels} latent channels of `pretrained` "
+            f"tell at most {channels - 1} apart"
+        )
+    return LatentLabels(labels.names, labels.weight, labels.temperature / vae.config.scaling_factor)
 
 
 def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL, path: str) -> LatentErrors:

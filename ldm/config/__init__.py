@@ -22,6 +22,7 @@ from ldm.config.stage_one import (
     AutoencoderTraining,
     CodebookConfig,
     DiscriminatorConfig,
+    LatentLabelsConfig,
     PerceptualConfig,
     ReconstructionValidation,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "DiscriminatorConfig",
     "DualClip",
     "LatentCacheConfig",
+    "LatentLabelsConfig",
     "LdmTraining",
     "LoraConfig",
     "NoAdapter",

@@ -104,6 +104,27 @@ class CodebookConfig:
 
 
 @dataclass(frozen=True)
+class LatentLabelsConfig:
+    """Labels that each picture's latents themselves are to tell, by their mean over space; none without `names`.
+
+    A picture whose first caption names exactly one of `names` in whole words has that label, others have none. `weight`
+    is that of the cross-entropy; `temperature` is in units of stage two's latents: labels end up some four of them
+    apart.
+    """
+
+    names: tuple[str, ...] = ()
+    weight: float = 100.0
+    temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_positive(self, "latent_labels", "weight", "temperature")
+        require(
+            len(self.names) != 1 and len(set(self.names)) == len(self.names),
+            f"`latent_labels.names` is {list(self.names)}; it must hold two or more different labels, or none",
+        )
+
+
+@dataclass(frozen=True)
 class ReconstructionValidation:
     """A grid of originals above reconstructions, and PSNR, every `steps`."""
 
@@ -126,8 +147,9 @@ class AutoencoderTraining:
     beyond it: levels as in the sigma-VAE (Sun et al. 2024, Multimodal Latent Language Modeling, section 2.3), beside a
     variance that is learnt. `latent_errors`, a file of `ldm-data errors`, holds the errors that stage two does make of
     these pictures; a decoder trained with a frozen encoder is given them in place of noise for a share
-    `latent_errors_share` of the pictures. With
-    `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape `autoencoder` gives.
+    `latent_errors_share` of the pictures. `latent_labels` give what decides a picture's look, such as its style, a part
+    of a pretrained model's latents that stage two cannot miss. With `codebook.num_vq_embeddings` the autoencoder is a
+    `VQModel`, whose shape `autoencoder` gives.
     """
 
     output_dir: str
@@ -137,6 +159,7 @@ class AutoencoderTraining:
     latent_noise: float = 0.0
     latent_errors: str | None = None
     latent_errors_share: float = 0.75
+    latent_labels: LatentLabelsConfig = field(default_factory=LatentLabelsConfig)
     scaling_factor: float | None = None
     statistics_samples: int = 2048
     data: DataConfig = field(default_factory=DataConfig)
@@ -219,6 +242,11 @@ class AutoencoderTraining:
             self.latent_noise == 0 or self.freeze_encoder or self.loss.kl > 0,
             f"`latent_noise` is {self.latent_noise}, `freeze_encoder` false and `loss.kl` 0; it must be above 0, or "
             "the latents outgrow the noise",
+        )
+        require(
+            not self.latent_labels.names or (self.pretrained is not None and not self.freeze_encoder),
+            f"`latent_labels.names` is {list(self.latent_labels.names)}, `pretrained` {self.pretrained!r} and "
+            f"`freeze_encoder` {str(self.freeze_encoder).lower()}; labels need a pretrained encoder that is trained",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
 
@@ -23,15 +23,19 @@ from ldm.seeds import seed_of
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """image float32 [B, 3, H, W] in [-1, 1]; names of the samples; where each row stands in the global batch."""
+    """image float32 [B, 3, H, W] in [-1, 1]; names of the samples; where each row stands in the global batch.
+
+    `captions` holds the first one of each sample, "" where it has none.
+    """
 
     image: Tensor
     keys: tuple[str, ...]
     rows: tuple[int, ...]
     skipped: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> PixelBatch:
-        return PixelBatch(self.image.to(device, non_blocking=True), self.keys, self.rows, self.skipped)
+        return replace(self, image=self.image.to(device, non_blocking=True))
 
 
 class TooManyBadSamples(ValueError):  # noqa: N818
@@ -107,9 +111,14 @@ class SlotDataset(Dataset[dict[str, Any]]):
             except BadImage as error:
                 skipped.append(str(error))
                 continue
-            image = self.transform(example, slot.epoch, index)
-            return {"image": image, "key": example.key, "row": slot.row, "skipped": skipped}
+            return sample(example, self.transform(example, slot.epoch, index), slot.row, skipped)
         raise TooManyBadSamples(f"none of the {len(self.source)} samples could be used: {skipped[0]}")
+
+
+def sample(example: Example, image: Tensor, row: int, skipped: list[str]) -> dict[str, Any]:
+    """One row of a batch, and the names of the unreadable samples before it."""
+    caption = next(iter(example.captions), "")
+    return {"image": image, "key": example.key, "row": row, "skipped": skipped, "caption": caption}
 
 
 def collate(samples: list[dict[str, Any]]) -> PixelBatch:
@@ -119,6 +128,7 @@ def collate(samples: list[dict[str, Any]]) -> PixelBatch:
         tuple(s["key"] for s in samples),
         tuple(s["row"] for s in samples),
         tuple(name for s in samples for name in s["skipped"]),
+        tuple(s["caption"] for s in samples),
     )
 
 
@@ -178,7 +188,7 @@ def stream_batches(
         if isinstance(item, BadImage):
             skipped.append(str(item))
             continue
-        samples.append({"image": transform(item, epoch, position), "key": item.key, "row": row, "skipped": skipped})
+        samples.append(sample(item, transform(item, epoch, position), row, skipped))
         skipped = []
         if len(samples) == plan.size:
             yield collate(samples)

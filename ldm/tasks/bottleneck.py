@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics
+from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics, label_logits
 from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
+from ldm.tasks.classifier import UNLABELLED, class_indices, labelled_cross_entropy
 
 
 class Bottled(NamedTuple):
@@ -40,6 +42,23 @@ class Bottleneck(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LatentLabels:
+    """Labels that a caption names and that the latents are to tell; `temperature` in units of the raw latents."""
+
+    names: tuple[str, ...]
+    weight: float
+    temperature: float
+
+    def loss(self, mean: Tensor, batch: PixelBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log."""
+        target = class_indices(batch.captions, self.names).to(mean.device)
+        logits = label_logits(mean.float(), len(self.names), self.temperature)
+        loss, accuracy = labelled_cross_entropy(logits, target)
+        labelled = (target != UNLABELLED).float().mean()
+        return self.weight * loss, {"label": loss.detach(), "label_accuracy": accuracy, "labelled": labelled}
+
+
 class GaussianBottleneck:
     """Samples of the posterior and weight * KL(q(z | x) || N(0, 1)), summed over a latent, averaged over the batch.
 
@@ -54,6 +73,7 @@ class GaussianBottleneck:
             noise-augmented decoding).
         drawn: the errors [B, C, h, w] that stage two makes of the pictures of those names, in the same units, or None;
             they take the place of noise in a share `drawn_share` of the pictures.
+        labels: that the posterior means are to tell, or None.
     """
 
     term = "kl"
@@ -66,9 +86,10 @@ class GaussianBottleneck:
         error: float = 0.0,
         drawn: Callable[[Sequence[str]], Tensor] | None = None,
         drawn_share: float = 0.0,
+        labels: LatentLabels | None = None,
     ) -> None:
         self.weight, self.latent_channels, self.downsample_factor = weight, latent_channels, downsample_factor
-        self.error, self.drawn, self.drawn_share = error, drawn, drawn_share
+        self.error, self.drawn, self.drawn_share, self.labels = error, drawn, drawn_share, labels
 
     def __call__(self, model: nn.Module, batch: PixelBatch, rows: Sequence[torch.Generator], step: int) -> Bottled:
         height, width = (side // self.downsample_factor for side in batch.image.shape[2:])
@@ -84,7 +105,11 @@ class GaussianBottleneck:
         device = batch.image.device
         out: Reconstruction = model(batch.image, noise.to(device), None if error is None else error.to(device))
         kl = out.posterior.kl().mean()
-        return Bottled(out.image, out.features, self.weight * kl if kl.requires_grad else None, {"kl": kl.detach()})
+        loss, terms = self.weight * kl, {"kl": kl.detach()}
+        if self.labels is not None:
+            label, of_labels = self.labels.loss(out.posterior.mean, batch)
+            loss, terms = loss + label, terms | of_labels
+        return Bottled(out.image, out.features, loss if loss.requires_grad else None, terms)
 
     def remember(self) -> None:
         """There is nothing to remember."""

@@ -22,6 +22,7 @@ from autoencoder import (
     generator_image_gradient,
     generator_loss,
     hinge_d_loss,
+    label_logits,
     last_layer_gradient,
     nll,
     reconstruction,
@@ -295,3 +296,24 @@ def test_discriminator_refuses_impossible_settings() -> None:
         PatchDiscriminator(norm="layer")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         PatchDiscriminator(num_layers=0)
+
+
+@pytest.mark.parametrize(("channels", "labels"), [(4, 3), (8, 4), (16, 2)])
+def test_label_logits_are_the_mean_latent_along_orthonormal_directions(channels: int, labels: int) -> None:
+    """One label's direction alone raises its own logit by its length over the temperature and no other's."""
+    directions = label_logits(torch.eye(channels, dtype=torch.float64)[:, :, None, None], labels, 1.0).T
+    assert_close(directions @ directions.T, torch.eye(labels, dtype=torch.float64))
+    assert_close(directions.sum(1), torch.zeros(labels, dtype=torch.float64), atol=1e-12, rtol=0)
+    z = torch.randn(2, channels, 3, 5, dtype=torch.float64, generator=rng(0))
+    expected = torch.einsum("bchw,kc->bk", z, directions) / 15 / 0.2
+    assert_close(label_logits(z, labels, 0.2), expected)
+    moved = z + 3.0 * directions[1].view(1, -1, 1, 1)
+    gained = torch.zeros(2, labels, dtype=torch.float64)
+    gained[:, 1] = 3.0 / 0.2
+    assert_close(label_logits(moved, labels, 0.2) - expected, gained)
+
+
+@pytest.mark.parametrize("labels", [1, 4])
+def test_too_few_or_too_many_labels_are_refused(labels: int) -> None:
+    with pytest.raises(ValueError, match=f"4 latent channels tell 2 to 3 labels apart, got {labels}"):
+        label_logits(torch.zeros(1, 4, 2, 2), labels, 0.2)

@@ -40,7 +40,8 @@ class Ramps:
 
 
 def same(a: PixelBatch, b: PixelBatch) -> bool:
-    return (a.keys, a.rows, a.skipped) == (b.keys, b.rows, b.skipped) and torch.equal(a.image, b.image)
+    named = all(getattr(a, name) == getattr(b, name) for name in ("keys", "rows", "skipped", "captions"))
+    return named and torch.equal(a.image, b.image)
 
 
 AUGMENTED = Transform(8, center_crop=False, random_flip=True, seed=1)
@@ -137,7 +138,12 @@ def test_stacked_takes_the_first_readable_pictures() -> None:
         stacked(Ramps(2, bad=[0, 1]), Transform(8))
 
 
+def test_a_row_bears_the_caption_of_its_picture() -> None:
+    batch = next(pixel_batches(Ramps(10, bad=[2]), AUGMENTED, BatchPlan(4), 3, 0, 1))
+    assert batch.captions == tuple(key.replace("key", "caption") for key in batch.keys)
+
+
 def test_a_batch_moves_whole() -> None:
     x = to_tensor(Ramps(1)[0].image)[None]
-    moved = PixelBatch(x, ("a",), (0,), ("b",)).to(torch.device("cpu"))
-    assert same(moved, PixelBatch(x, ("a",), (0,), ("b",)))
+    moved = PixelBatch(x, ("a",), (0,), ("b",), ("c",)).to(torch.device("cpu"))
+    assert same(moved, PixelBatch(x, ("a",), (0,), ("b",), ("c",)))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from autoencoder import AutoencoderConfig, AutoencoderKL, Reconstruction, discriminator_loss, nll
+from autoencoder import AutoencoderConfig, AutoencoderKL, Reconstruction, discriminator_loss, label_logits, nll
 from conditioning import ClipTextConfig, ClipTextEncoder, ClipTextModel, ClipTokenizer
 from ldm.build import (
     build_autoencoder,
@@ -29,6 +30,7 @@ from ldm.config import (
     ConfigError,
     DataConfig,
     DiscriminatorConfig,
+    LatentLabelsConfig,
     OptimizerConfig,
 )
 from ldm.data.batches import PixelBatch
@@ -359,6 +361,58 @@ def test_errors_of_other_latents_are_refused(
     write_latent_errors(file, ("a",), torch.zeros(1, *shape), encoder or encoder_hash(pretrained), ("other", "data"))
     chosen = tuning(tmp_path / "model", freeze_encoder=True, latent_errors=str(file))
     with pytest.raises(ConfigError, match=message):
+        build_bottleneck(chosen, pretrained, abs)
+
+
+LABELS = LatentLabelsConfig(("red", "blue"), weight=30.0)
+
+
+def captioned(*captions: str) -> PixelBatch:
+    image = torch.rand(len(captions), 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = tuple(range(len(captions)))
+    return PixelBatch(image, tuple(map(str, rows)), rows, captions=captions)
+
+
+def test_latents_learn_to_tell_the_label_that_the_caption_names(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    """Eight pictures of noise: only what the captions say tells them apart. The third names both, the last none."""
+    captions = ("a red ball", "blue", "red and blue", "a RED hat", "blue sky", "red", "a blue dog", "a redder ball")
+    pictures = captioned(*captions)
+    run = Run(tuning(tmp_path / "model", latent_labels=LABELS, loss=dataclasses.replace(LOSS, discriminator=0.0)))
+    terms = []
+    for step in range(60):
+        loss = run.task.generator_loss(pictures, step)
+        loss.surrogate.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        terms.append(loss.terms)
+    assert all(item["labelled"].item() == 6 / 8 for item in terms)
+    assert terms[-1]["label_accuracy"].item() == 1 and terms[-1]["label"] < 0.1 < terms[0]["label"]
+    with torch.no_grad():
+        logits = label_logits(run.vae.encode(pictures.image).mean, 2, LABELS.temperature / SHAPE.scaling_factor)
+    assert_close(
+        F.cross_entropy(logits[[0, 1, 3, 4, 5, 6]], torch.tensor([0, 1, 0, 1, 0, 1])),
+        terms[-1]["label"],
+        atol=0.1,
+        rtol=0,
+    )
+
+
+def test_the_labels_add_their_weighted_cross_entropy(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    pictures = captioned("red", "blue", "green")
+    with_labels, without = (
+        Run(tuning(tmp_path / "model", latent_labels=labels)) for labels in (LABELS, LatentLabelsConfig())
+    )
+    surrogates = [run.task.generator_loss(pictures, 0).surrogate for run in (with_labels, without)]
+    mean = pretrained.encode(pictures.image[:2]).mean
+    logits = label_logits(mean, 2, LABELS.temperature / SHAPE.scaling_factor)
+    assert_close(
+        surrogates[0] - surrogates[1], 30 * F.cross_entropy(logits, torch.tensor([0, 1])), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_more_labels_than_channels_can_tell_are_refused(tmp_path: Path, pretrained: AutoencoderKL) -> None:
+    chosen = tuning(tmp_path / "model", latent_labels=LatentLabelsConfig(("a", "b", "c", "d")))
+    with pytest.raises(ConfigError, match="holds 4 labels; the 4 latent channels of `pretrained` tell at most 3 apart"):
         build_bottleneck(chosen, pretrained, abs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ldm.config import (
     ConfigError,
     DataConfig,
     DiscriminatorConfig,
+    LatentLabelsConfig,
 )
 from ldm.data.batches import PixelBatch
 from ldm.pretrained import read_vae
@@ -195,11 +197,23 @@ def test_folding_a_spread_by_channel_would_change_the_codes() -> None:
         fold_into_convolutions(vq(config()), torch.zeros(3), torch.ones(3))
 
 
-def test_latent_noise_is_refused_for_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze_encoder": True, "latent_noise": 0.5}, "`latent_noise` is 0.5, but `pretrained` has a codebook"),
+        (
+            {"latent_labels": LatentLabelsConfig(("red", "blue"))},
+            "`latent_labels.names` is ['red', 'blue'], but `pretrained` has a codebook",
+        ),
+    ],
+)
+def test_what_is_for_gaussian_latents_is_refused_for_codes(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     vq(config()).save_pretrained(tmp_path / "vae")
     plain = {"autoencoder": AutoencoderConfig(), "codebook": CodebookConfig(), "pretrained": str(tmp_path)}
-    chosen = config(**plain, freeze_encoder=True, latent_noise=0.5)
-    with pytest.raises(ConfigError, match=r"`latent_noise` is 0\.5, but `pretrained` has a codebook"):
+    chosen = config(**plain, **changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
         task_of(chosen, build_autoencoder(chosen))
 
 
