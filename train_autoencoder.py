@@ -33,7 +33,7 @@ from ldm.tasks.autoencoder import AutoencoderTask
 from ldm.training.card import autoencoder_card
 from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
-from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, RunningStatistics, UpdateGuard
+from ldm.training.guards import SKIPS_IN_A_ROW, DiscriminatorWatch, RunningStatistics, UpdateGuard, label_warning
 from ldm.training.latent_scale import latent_scale
 from ldm.training.launch import batch_plan, due, mean_over_processes, open_run, parameter_count, place, run_command
 from ldm.training.log import TrainingLog, averaged
@@ -156,8 +156,9 @@ def main() -> None:
                     trial.mark(*("step of its warm-up", heard - start) if adversarial else ("step", start))
                 continue
             if due(done, training.logging_steps, total):
-                log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})
+                row = log.report(done, {"learning_rate": rate, "skipped_updates": guard.total})
                 log.say(watch.warning(done))
+                log.say(label_warning(done, row))
             if due(done, config.validation.steps, total):
                 validate(done)
             stopping = stop.requested(accelerator)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics, label_logits
 from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
-from ldm.tasks.classifier import UNLABELLED, class_indices, labelled_cross_entropy
+from ldm.tasks.classifier import UNLABELLED, class_indices
 
 
 class Bottled(NamedTuple):
@@ -51,12 +52,16 @@ class LatentLabels:
     temperature: float
 
     def loss(self, mean: Tensor, batch: PixelBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log."""
+        """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log.
+
+        A picture without a label counts as zero, so that the loss is the same however a batch is cut.
+        """
         target = class_indices(batch.captions, self.names).to(mean.device)
         logits = label_logits(mean.float(), len(self.names), self.temperature)
-        loss, accuracy = labelled_cross_entropy(logits, target)
-        labelled = (target != UNLABELLED).float().mean()
-        return self.weight * loss, {"label": loss.detach(), "label_accuracy": accuracy, "labelled": labelled}
+        loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum") / len(target)
+        labelled, right = (target != UNLABELLED).float(), (logits.detach().argmax(1) == target).float()
+        accuracy = right.sum() / labelled.sum().clamp(min=1)
+        return self.weight * loss, {"label": loss.detach(), "label_accuracy": accuracy, "labelled": labelled.mean()}
 
 
 class GaussianBottleneck:

@@ -27,13 +27,6 @@ def class_indices(captions: Sequence[str], labels: Sequence[str]) -> Tensor:
     return torch.tensor([found[0] if len(found) == 1 else UNLABELLED for found in named])
 
 
-def labelled_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy of logits [B, K] over the rows that have a class; both 0 where none has."""
-    count = (target != UNLABELLED).sum().clamp(min=1)
-    loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum") / count
-    return loss, (logits.detach().argmax(1) == target).sum() / count
-
-
 @dataclass(frozen=True)
 class ClassifierTask:
     """The parts of a classifier's training, built and placed; only `objective`'s noising is used."""
@@ -55,5 +48,7 @@ class ClassifierTask:
         u = (offset + torch.tensor(batch.rows) / global_size) % 1.0
         noised = self.objective.noise(x0, randn_rows(x0.shape, rows).to(x0), u)
         target = class_indices(batch.captions, self.labels).to(x0.device)
-        loss, accuracy = labelled_cross_entropy(self.model(noised.x_t, noised.t).float(), target)
-        return {"loss": loss, "accuracy": accuracy}
+        logits = self.model(noised.x_t, noised.t).float()
+        count = (target != UNLABELLED).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum") / count
+        return {"loss": loss, "accuracy": (logits.detach().argmax(1) == target).sum() / count}

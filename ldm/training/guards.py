@@ -103,6 +103,17 @@ class RunningStatistics:
             buffer.copy_(kept)
 
 
+def label_warning(step: int, row: Mapping[str, float]) -> str | None:
+    """One line when no picture since the last report had one of `latent_labels`, so that they do nothing.
+
+    Args:
+        row: the averages that were reported, `labelled` among them where there are labels.
+    """
+    if row.get("labelled", 1.0) > 0:
+        return None
+    return f"step {step}: warning: no caption named exactly one of latent_labels.names; look at the captions' words"
+
+
 class DiscriminatorWatch:
     """Tells when the discriminator's gradient says little, because it wins clearly or because it has learnt nothing.
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm.training.guards import DiscriminatorWatch, PosteriorWatch, RunningStatistics, UpdateGuard, named_batch
+from ldm.training.guards import (
+    DiscriminatorWatch,
+    PosteriorWatch,
+    RunningStatistics,
+    UpdateGuard,
+    label_warning,
+    named_batch,
+)
 
 
 def test_a_batch_is_named_by_its_step_and_samples() -> None:
@@ -64,6 +71,13 @@ def test_the_discriminator_watch_pauses_between_warnings() -> None:
 
 def moments(mean: Tensor, std: Tensor) -> Tensor:
     return torch.cat([mean, 2 * std.log()], dim=1)
+
+
+def test_labels_that_no_caption_names_are_reported() -> None:
+    assert label_warning(50, {"labelled": 0.0}) == (
+        "step 50: warning: no caption named exactly one of latent_labels.names; look at the captions' words"
+    )
+    assert label_warning(50, {"labelled": 0.01}) is None and label_warning(50, {"nll": 1.0}) is None
 
 
 def test_the_bound_is_the_mean_divergence_from_the_channels_own_gaussian() -> None:
