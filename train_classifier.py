@@ -19,7 +19,8 @@ from ldm.data.latent_batches import latent_batches
 from ldm.data.latents import LatentCache
 from ldm.pretrained import read_diffusion, read_vae, resolve
 from ldm.process import Objective
-from ldm.tasks.classifier import UNLABELLED, ClassifierTask, class_indices
+from ldm.tasks.classifier import ClassifierTask
+from ldm.tasks.labels import UNLABELLED, class_indices
 from ldm.training.checkpoint import Checkpoint, Stateful
 from ldm.training.ema import Ema
 from ldm.training.guards import SKIPS_IN_A_ROW, UpdateGuard

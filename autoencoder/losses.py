@@ -124,8 +124,7 @@ def label_logits(mean: Tensor, labels: int, temperature: float) -> Tensor:
 
     Their mean over space, dotted with one fixed direction for each label, over the temperature (in units of the
     latents). The directions are orthonormal: rows of the cosine transform of length C, without the constant one.
-    Cross-entropy on these logits gives the labels a part of the latents that is the same at all places, which a small
-    error in the latents cannot blur.
+    Cross-entropy on these logits moves the mean, to which all places add, so errors at single places matter little.
 
     Raises:
         ValueError: fewer than two labels, or not fewer than latent channels.

@@ -71,6 +71,7 @@ from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_
 from ldm.process import Objective, TrainingNoise
 from ldm.seeds import generator, seed_of
 from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck, LatentLabels
+from ldm.tasks.labels import class_indices
 from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDraw
 
 
@@ -194,7 +195,7 @@ def build_bottleneck(
         ):
             if value:
                 raise ConfigError(
-                    f"`{name}` is {value}, but `pretrained` has a codebook, which decodes its own codes only; leave it "
+                    f"`{name}` is {value}, but `pretrained` has a codebook, whose codes are not free to move; leave it "
                     "out"
                 )
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
@@ -211,6 +212,13 @@ def build_bottleneck(
 
 def _latent_labels(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentLabels:
     labels, channels = config.latent_labels, vae.latent_channels
+    found = class_indices(labels.names, labels.names).tolist()
+    unclear = [name for index, name in enumerate(labels.names) if found[index] != index]
+    if unclear:
+        raise ConfigError(
+            f"`latent_labels.names` has {unclear[0]!r}, which names another of them too or no word at all; a caption "
+            "must be able to name one of them alone"
+        )
     if len(labels.names) >= channels:
         raise ConfigError(
             f"`latent_labels.names` holds {len(labels.names)} labels; the {channels} latent channels of `pretrained` "

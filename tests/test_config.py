@@ -143,10 +143,14 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("pretrained: here\nlatent_labels: {names: [one]}", ["`latent_labels.names` is ['one']", "two or more"]),
         ("pretrained: here\nlatent_labels: {names: [a, a]}", ["`latent_labels.names` is ['a', 'a']", "different"]),
         ("latent_labels: {weight: 0}", ["`latent_labels.weight` is 0.0", "positive"]),
-        ("latent_labels: {names: [a, b]}", ["`latent_labels.names`", "`pretrained` None", "pretrained encoder"]),
+        ("latent_labels: {names: [a, b]}", ["`latent_labels.names` is ['a', 'b']", "`pretrained` null", "no scale"]),
         (
             "pretrained: here\nfreeze_encoder: true\nlatent_labels: {names: [a, b]}",
-            ["`latent_labels.names`", "`freeze_encoder` true", "encoder that is trained"],
+            ["`latent_labels.names` is ['a', 'b']", "`freeze_encoder` true", "must be false"],
+        ),
+        (
+            "pretrained: here\nlatent_labels: {names: [a, b]}\ndata: {instance_prompt: a sks dog}",
+            ["`latent_labels.names` is ['a', 'b']", "`data.instance_prompt` 'a sks dog'", "must be null"],
         ),
         ("pretrained: here\nfreeze_encoder: true\nlatent_noise: -1", ["`latent_noise` is -1.0", "at least 0"]),
         (

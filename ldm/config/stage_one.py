@@ -108,8 +108,8 @@ class LatentLabelsConfig:
     """Labels that each picture's latents themselves are to tell, by their mean over space; none without `names`.
 
     A picture whose first caption names exactly one of `names` in whole words has that label, others have none. `weight`
-    is that of the cross-entropy; `temperature` is in units of stage two's latents: labels end up some four of them
-    apart.
+    is that of the cross-entropy of a picture; `temperature` is in units of the pretrained model's latents times its
+    `scaling_factor`.
     """
 
     names: tuple[str, ...] = ()
@@ -148,8 +148,8 @@ class AutoencoderTraining:
     variance that is learnt. `latent_errors`, a file of `ldm-data errors`, holds the errors that stage two does make of
     these pictures; a decoder trained with a frozen encoder is given them in place of noise for a share
     `latent_errors_share` of the pictures. `latent_labels` give what decides a picture's look, such as its style, a part
-    of a pretrained model's latents that stage two cannot miss. With `codebook.num_vq_embeddings` the autoencoder is a
-    `VQModel`, whose shape `autoencoder` gives.
+    of a pretrained model's latents. With `codebook.num_vq_embeddings` the autoencoder is a `VQModel`, whose shape
+    `autoencoder` gives.
     """
 
     output_dir: str
@@ -243,10 +243,20 @@ class AutoencoderTraining:
             f"`latent_noise` is {self.latent_noise}, `freeze_encoder` false and `loss.kl` 0; it must be above 0, or "
             "the latents outgrow the noise",
         )
+        labels = list(self.latent_labels.names)
         require(
-            not self.latent_labels.names or (self.pretrained is not None and not self.freeze_encoder),
-            f"`latent_labels.names` is {list(self.latent_labels.names)}, `pretrained` {self.pretrained!r} and "
-            f"`freeze_encoder` {str(self.freeze_encoder).lower()}; labels need a pretrained encoder that is trained",
+            not labels or self.pretrained is not None,
+            f"`latent_labels.names` is {labels} and `pretrained` null; it must be empty, the latents of a new "
+            "autoencoder have no scale yet",
+        )
+        require(
+            not labels or not self.freeze_encoder,
+            f"`latent_labels.names` is {labels} and `freeze_encoder` true; it must be false, labels move the latents",
+        )
+        require(
+            not labels or self.data.instance_prompt is None,
+            f"`latent_labels.names` is {labels} and `data.instance_prompt` {self.data.instance_prompt!r}; it must be "
+            "null, or all pictures have the same label",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

@@ -25,7 +25,7 @@ from ldm.seeds import seed_of
 class PixelBatch:
     """image float32 [B, 3, H, W] in [-1, 1]; names of the samples; where each row stands in the global batch.
 
-    `captions` holds the first one of each sample, "" where it has none.
+    `captions` holds the first one of each sample.
     """
 
     image: Tensor
@@ -111,14 +111,13 @@ class SlotDataset(Dataset[dict[str, Any]]):
             except BadImage as error:
                 skipped.append(str(error))
                 continue
-            return sample(example, self.transform(example, slot.epoch, index), slot.row, skipped)
+            return row_of(example, self.transform(example, slot.epoch, index), slot.row, skipped)
         raise TooManyBadSamples(f"none of the {len(self.source)} samples could be used: {skipped[0]}")
 
 
-def sample(example: Example, image: Tensor, row: int, skipped: list[str]) -> dict[str, Any]:
+def row_of(example: Example, image: Tensor, row: int, skipped: list[str]) -> dict[str, Any]:
     """One row of a batch, and the names of the unreadable samples before it."""
-    caption = next(iter(example.captions), "")
-    return {"image": image, "key": example.key, "row": row, "skipped": skipped, "caption": caption}
+    return {"image": image, "key": example.key, "row": row, "skipped": skipped, "caption": example.captions[0]}
 
 
 def collate(samples: list[dict[str, Any]]) -> PixelBatch:
@@ -188,7 +187,7 @@ def stream_batches(
         if isinstance(item, BadImage):
             skipped.append(str(item))
             continue
-        samples.append(sample(item, transform(item, epoch, position), row, skipped))
+        samples.append(row_of(item, transform(item, epoch, position), row, skipped))
         skipped = []
         if len(samples) == plan.size:
             yield collate(samples)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics, label_logits
 from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
-from ldm.tasks.classifier import UNLABELLED, class_indices
+from ldm.tasks.labels import class_indices, judged
 
 
 class Bottled(NamedTuple):
@@ -51,21 +50,21 @@ class LatentLabels:
     weight: float
     temperature: float
 
-    def loss(self, mean: Tensor, batch: PixelBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, mean: Tensor, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log.
 
-        A picture without a label counts as zero, so that the loss is the same however a batch is cut.
+        A picture without a label counts as zero, so that the loss is the same however a batch is cut. Logged are the
+        cross-entropy, the share of pictures whose latents tell their label, and the share of those that have one.
         """
-        target = class_indices(batch.captions, self.names).to(mean.device)
-        logits = label_logits(mean.float(), len(self.names), self.temperature)
-        loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum") / len(target)
-        labelled, right = (target != UNLABELLED).float(), (logits.detach().argmax(1) == target).float()
-        accuracy = right.sum() / labelled.sum().clamp(min=1)
-        return self.weight * loss, {"label": loss.detach(), "label_accuracy": accuracy, "labelled": labelled.mean()}
+        target = class_indices(captions, self.names).to(mean.device)
+        found = judged(label_logits(mean.float(), len(self.names), self.temperature), target)
+        loss, right, labelled = (value / len(mean) for value in found)
+        return self.weight * loss, {"label": loss.detach(), "label_right": right, "labelled": labelled}
 
 
 class GaussianBottleneck:
-    """Samples of the posterior and weight * KL(q(z | x) || N(0, 1)), summed over a latent, averaged over the batch.
+    """Samples of the posterior and weight * KL(q(z | x) || N(0, 1)), summed over a latent, averaged over the batch; and
+    the cross-entropy of `labels`, where there are any.
 
     A frozen encoder's KL is a constant and only logged.
 
@@ -112,7 +111,7 @@ class GaussianBottleneck:
         kl = out.posterior.kl().mean()
         loss, terms = self.weight * kl, {"kl": kl.detach()}
         if self.labels is not None:
-            label, of_labels = self.labels.loss(out.posterior.mean, batch)
+            label, of_labels = self.labels.loss(out.posterior.mean, batch.captions)
             loss, terms = loss + label, terms | of_labels
         return Bottled(out.image, out.features, loss if loss.requires_grad else None, terms)
 

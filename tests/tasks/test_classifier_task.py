@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.networks import ClassifierConfig, LatentClassifier
 from ldm.process import NoiseSchedule, Objective, Prediction, timesteps
 from ldm.sampling import classifier_gradient, named_sampler
-from ldm.tasks.classifier import UNLABELLED, class_indices
+from ldm.tasks.labels import UNLABELLED, class_indices
 
 CONFIG = ClassifierConfig(("low", "middle", "high"), in_channels=2, block_out_channels=(32,), norm_num_groups=2)
 SCHEDULE = NoiseSchedule.scaled_linear(0.00085, 0.012, 1000)
@@ -23,6 +23,7 @@ STD = 2.0
 def test_a_caption_belongs_to_the_one_class_that_it_names() -> None:
     captions = ["A red Circle", "two circles", "a star above a circle", "a star, large", ""]
     assert class_indices(captions, ("circle", "star")).tolist() == [0, UNLABELLED, UNLABELLED, 1, UNLABELLED]
+    assert class_indices(["the c++ book", "c", "abc++"], ("c++", "java")).tolist() == [0, UNLABELLED, UNLABELLED]
 
 
 def test_a_new_classifier_prefers_no_class_and_is_saved_whole(tmp_path: Path) -> None:

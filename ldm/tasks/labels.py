@@ -1,0 +1,36 @@
+"""Labels that captions name, such as a class or a style."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNLABELLED = -100
+"""In the place of a class: the row does not count."""
+
+
+def class_indices(captions: Sequence[str], labels: Sequence[str]) -> Tensor:
+    """The class that each caption names in whole words, int64 [B]; `UNLABELLED` where it names none or several."""
+    words = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.IGNORECASE) for label in labels]
+    named = [[index for index, word in enumerate(words) if word.search(caption)] for caption in captions]
+    return torch.tensor([found[0] if len(found) == 1 else UNLABELLED for found in named], dtype=torch.int64)
+
+
+class Judged(NamedTuple):
+    """Scalars over the rows of a batch: the cross-entropy of those that have a class, how many are right, how many
+    have one."""
+
+    loss: Tensor
+    right: Tensor
+    labelled: Tensor
+
+
+def judged(logits: Tensor, target: Tensor) -> Judged:
+    """Sums over logits [B, K] and classes [B], `UNLABELLED` among them; all 0 where no row has a class."""
+    loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum")
+    return Judged(loss, (logits.detach().argmax(1) == target).sum(), (target != UNLABELLED).sum())
