@@ -142,6 +142,7 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("latent_errors_share: 0", ["`latent_errors_share` is 0.0", "(0, 1]"]),
         ("pretrained: here\nlatent_labels: {names: [one]}", ["`latent_labels.names` is ['one']", "two or more"]),
         ("pretrained: here\nlatent_labels: {names: [a, a]}", ["`latent_labels.names` is ['a', 'a']", "different"]),
+        ("pretrained: here\nlatent_labels: {names: [a, '']}", ["`latent_labels.names` is ['a', '']", "words"]),
         ("latent_labels: {weight: 0}", ["`latent_labels.weight` is 0.0", "positive"]),
         ("latent_labels: {names: [a, b]}", ["`latent_labels.names` is ['a', 'b']", "`pretrained` null", "no scale"]),
         (

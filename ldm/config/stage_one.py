@@ -119,8 +119,8 @@ class LatentLabelsConfig:
     def __post_init__(self) -> None:
         require_positive(self, "latent_labels", "weight", "temperature")
         require(
-            len(self.names) != 1 and len(set(self.names)) == len(self.names),
-            f"`latent_labels.names` is {list(self.names)}; it must hold two or more different labels, or none",
+            len(self.names) != 1 and len(set(self.names)) == len(self.names) and all(map(str.strip, self.names)),
+            f"`latent_labels.names` is {list(self.names)}; it must hold two or more different words, or none",
         )
 
 
