@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ldm.evaluation.features import LookFeatures
 from ldm.seeds import generator
 
-RECIPE = "1"
+RECIPE = "2"
 """Counts what changes here, or in `LookFeatures`, what a reader would be."""
-EPOCHS, LEAST_STEPS, BATCH = 8, 60, 64
+EPOCHS, LEAST_STEPS, BATCH = 6, 60, 64
 LOOK_RATE, HEAD_RATE, WARM_UP = 3e-4, 1e-3, 0.1
-LARGEST_SIDE = 128
+SIDE = 128
 MIN_SPREAD = 1e-3
 MEASURED = 2048
 
@@ -47,8 +47,8 @@ class LabelReader(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, labels] of images [B, 3, H, W] in [-1, 1]; a side above 128 px is reduced to that."""
-        logits: Tensor = self.head((self.look(reduced(x.float())) - self.mean) / self.spread)
+        """Logits [B, labels] of images [B, 3, H, W] in [-1, 1], whose longer side is brought to 128 px."""
+        logits: Tensor = self.head((self._looks(x) - self.mean) / self.spread)
         return logits
 
     def correct(self, logits: Tensor, labels: Sequence[str]) -> Tensor:
@@ -88,23 +88,26 @@ class LabelReader(nn.Module):
 
     @torch.no_grad()
     def _standardise(self, batches: Iterable[Tensor]) -> None:
-        features = torch.cat([self.look(_images(batch).to(self.mean.device)) for batch in batches])
+        features = torch.cat([self._looks(_images(batch).to(self.mean.device)) for batch in batches])
         self.mean.copy_(features.mean(0))
         self.spread.copy_(features.std(0).clamp(min=MIN_SPREAD))
 
+    def _looks(self, x: Tensor) -> Tensor:
+        """The features of images; small ones are enlarged, or the network's first steps would skip what shades them."""
+        features: Tensor = self.look(_scaled(x.float(), SIDE / max(x.shape[2:])))
+        return features
 
-def reduced(x: Tensor) -> Tensor:
-    """Images [B, 3, H, W] as they are, or with their longer side reduced to 128 px."""
-    scale = LARGEST_SIDE / max(x.shape[2:])
-    if scale >= 1:
-        return x
-    size = [max(1, round(side * scale)) for side in x.shape[2:]]
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """Images [B, 3, H, W] with their sides times the factor."""
+    size = [max(1, round(side * factor)) for side in x.shape[2:]]
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1], reduced, as uint8 on the CPU."""
-    return (reduced(x.float()).clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
+    """Images [B, 3, H, W] in [-1, 1], their longer side reduced to 128 px where it is above, as uint8 on the CPU."""
+    small = _scaled(x.float(), min(1.0, SIDE / max(x.shape[2:])))
+    return (small.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu()
 
 
 def _images(levels: Tensor) -> Tensor:
