@@ -195,7 +195,7 @@ def build_bottleneck(
         ):
             if value:
                 raise ConfigError(
-                    f"`{name}` is {value}, but `pretrained` has a codebook, and it is for latents without one; leave it out"
+                    f"`{name}` is {value}, but `pretrained` has a codebook, and it is for latents without; leave it out"
                 )
         return CodebookBottleneck(vae, config.codebook.weight, config.codebook.commitment, reduce_mean)
     return GaussianBottleneck(
