@@ -88,6 +88,7 @@ def main() -> None:
         bottleneck,
         config.seed,
         mean,
+        config.discriminator.labels,
     )
     parameters, d_parameters = list(vae.parameters()), list(discriminator.parameters())
     parts: dict[str, Stateful] = {"autoencoder": vae, "discriminator": discriminator, "loss": loss_state}

@@ -59,6 +59,8 @@ class ActNorm(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Images [B, in_channels, H, W] in [-1, 1] -> logits [B, 1, h, w], with h about H / 2^num_layers: a PatchGAN.
 
+    With `labels` above zero it is told each image's label [B] as well, see `conditioned`.
+
     4x4 convolutions: `num_layers` of stride two that double the width up to 8 * base_channels, one of stride
     one, and one to a single channel. Every layer but the first and last is normalised. Three layers see 70x70
     pixels. Weights start as N(0, 0.02) (Isola et al. 2017, section 6.2), norm scales as N(1, 0.02), biases as
@@ -76,6 +78,7 @@ class PatchDiscriminator(nn.Module):
         norm: str = "batch",
         spectral_norm: bool = False,
         generator: torch.Generator | None = None,
+        labels: int = 0,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -87,7 +90,7 @@ class PatchDiscriminator(nn.Module):
         for level in range(1, num_layers + 1):
             stride = 2 if level < num_layers else 1
             layers += _layer(widths[level - 1], widths[level], stride, norm)
-        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        layers.append(nn.Conv2d(widths[-1], 1 + labels, 4, 1, 1))
         self.layers = nn.Sequential(*layers)
         self._initialise(generator)
         if spectral_norm:
@@ -105,16 +108,15 @@ class PatchDiscriminator(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.layers(x)
-        return logits
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return conditioned(self.layers(x), label)
 
 
 class ProjectedDiscriminator(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> logits [B, S, h, w], of the S stages of a frozen network's features.
 
     After Sauer et al. 2021, Projected GANs Converge Faster, section 3: a head for each stage. The heads are ours, two
-    3x3 convolutions and one to a single channel with spectral norm, and there is no random mixing of channels and
+    3x3 convolutions and a 1x1 with spectral norm, and there is no random mixing of channels and
     stages, which the paper needed lest the discriminator dominate; an autoencoder has its reconstruction loss besides.
     Each map is divided by its root mean square, and the logits are resampled to the size of the second stage, so that
     all stages weigh alike. Weights are uniform as PyTorch's, from `generator` when one is given, biases 0.
@@ -122,28 +124,53 @@ class ProjectedDiscriminator(nn.Module):
     Args:
         features: the frozen network; it is computed in float32 under autocast as well.
         width: channels of a head.
+        labels: when above zero, it is told each image's label [B] as well, see `conditioned`.
     """
 
-    def __init__(self, features: FeatureDistance, width: int = 64, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        features: FeatureDistance,
+        width: int = 64,
+        generator: torch.Generator | None = None,
+        labels: int = 0,
+    ) -> None:
         super().__init__()
         self.features = features
         with torch.no_grad():
             channels = [maps.shape[1] for maps in features.stages(torch.zeros(1, 3, 64, 64))]
-        self.heads = nn.ModuleList(_head(count, width, generator) for count in channels)
+        self.heads = nn.ModuleList(_head(count, width, 1 + labels, generator) for count in channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             stages = self.features.stages(x.to(torch.promote_types(x.dtype, torch.float32)))
         scaled = [maps / (maps.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-6) for maps in stages]
         size = stages[min(1, len(stages) - 1)].shape[2:]
-        return torch.cat([_resampled(head(maps), size) for head, maps in zip(self.heads, scaled, strict=True)], 1)
+        logits = [conditioned(head(maps), label) for head, maps in zip(self.heads, scaled, strict=True)]
+        return torch.cat([_resampled(stage, size) for stage in logits], 1)
 
 
-def _head(in_channels: int, width: int, generator: torch.Generator | None) -> nn.Sequential:
+def conditioned(maps: Tensor, label: Tensor | None) -> Tensor:
+    """Logits [B, 1, h, w] of a last layer's maps [B, 1 + K, h, w]: the first, plus the one of the image's label.
+
+    A projection discriminator (Miyato & Koyama 2018, eq. 3), whose inner product of features and label is here a map of
+    the last layer's for each of the K labels.
+
+    Args:
+        label: int64 [B], each below K; an image has none where it is below 0, and no image has where it is None.
+    """
+    shared = maps[:, :1]
+    if label is None:
+        return shared
+    rows = torch.arange(len(maps), device=maps.device)
+    own = maps[rows, 1 + label.clamp(min=0)].unsqueeze(1)
+    return shared + own * (label >= 0).view(-1, 1, 1, 1)
+
+
+def _head(in_channels: int, width: int, out_channels: int, generator: torch.Generator | None) -> nn.Sequential:
     convolutions = [
         nn.Conv2d(in_channels, width, 3, padding=1),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.Conv2d(width, 1, 1),
+        nn.Conv2d(width, out_channels, 1),
     ]
     for conv in convolutions:
         nn.init.kaiming_uniform_(conv.weight, 5**0.5, generator=generator)

@@ -143,6 +143,11 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("pretrained: here\nlatent_labels: {names: [one]}", ["`latent_labels.names` is ['one']", "two or more"]),
         ("pretrained: here\nlatent_labels: {names: [a, a]}", ["`latent_labels.names` is ['a', 'a']", "different"]),
         ("pretrained: here\nlatent_labels: {names: [a, '']}", ["`latent_labels.names` is ['a', '']", "words"]),
+        ("discriminator: {labels: [one]}", ["`discriminator.labels` is ['one']", "two or more"]),
+        (
+            "discriminator: {labels: [a, b]}\ndata: {instance_prompt: a sks dog}",
+            ["`discriminator.labels` is ['a', 'b']", "`data.instance_prompt` 'a sks dog'", "must be null"],
+        ),
         ("latent_labels: {weight: 0}", ["`latent_labels.weight` is 0.0", "positive"]),
         ("latent_labels: {names: [a, b]}", ["`latent_labels.names` is ['a', 'b']", "`pretrained` null", "no scale"]),
         (

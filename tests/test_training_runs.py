@@ -454,22 +454,27 @@ def test_a_decoder_learns_the_errors_of_stage_two_and_survives_a_kill(
     assert without.returncode == 0 and weights(workshop / "no_errors") != weights(whole)
 
 
-def test_labels_in_the_latents_are_one_training_on_two_processes(autoencoder: Path, workshop: Path) -> None:
+def test_labels_are_one_training_on_two_processes(autoencoder: Path, workshop: Path) -> None:
     """Captions of shapes that name none of the labels, or several, count in no cut of the batch."""
     content = {key: value for key, value in STAGE_ONE.items() if key != "autoencoder"}
-    content |= {"pretrained": str(autoencoder / "export"), "latent_labels": {"names": ["circle", "square", "star"]}}
+    labels = ["circle", "square", "star"]
+    content |= {"pretrained": str(autoencoder / "export"), "latent_labels": {"names": labels}}
+    content["discriminator"] = content["discriminator"] | {"labels": labels}
     whole, two = (workshop / f"{name}_labels" for name in ("whole", "two"))
     done = train("train_autoencoder.py", "--config", config_file(whole, content))
     assert done.returncode == 0, done.stderr
-    assert any(0 < row["labelled"] < 1 for row in metrics(whole).values() if "labelled" in row)
+    for term in ("labelled", "discriminator_labelled"):
+        assert any(0 < row[term] < 1 for row in metrics(whole).values() if term in row)
     ranks = train_on_two(
         "train_autoencoder.py", "--config", config_file(two, content), "--training.train_batch_size", "4"
     )
     assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
     assert_weights_close(whole, two, "vae", atol=1e-4)
     content["latent_labels"] = {"names": ["circel", "squere"]}
+    content["discriminator"] = content["discriminator"] | {"labels": ["circel", "squere"]}
     mistaken = train("train_autoencoder.py", "--config", config_file(workshop / "no_labels", content))
-    assert mistaken.returncode == 0 and "no caption named exactly one of latent_labels.names" in mistaken.stdout
+    assert mistaken.returncode == 0
+    assert "no caption named exactly one of latent_labels.names or of discriminator.labels" in mistaken.stdout
 
 
 # --- stage one with a codebook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
@@ -50,13 +51,22 @@ class AutoencoderLossConfig:
         require(isfinite(self.logvar_init), f"`loss.logvar_init` is {self.logvar_init}; it must be a finite number")
 
 
+def _require_labels(name: str, labels: Sequence[str]) -> None:
+    """Refuses a single label, equal ones and empty ones; `name` is the setting that holds them."""
+    require(
+        len(labels) != 1 and len(set(labels)) == len(labels) and all(map(str.strip, labels)),
+        f"`{name}` is {list(labels)}; it must hold two or more different words, or none",
+    )
+
+
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     """The discriminator, its own learning rate as a multiple of the autoencoder's, and its regularisers.
 
     "patch" sees pixels; "projected" sees the features of EfficientNet-Lite0, has heads of `base_channels` and brings
-    its own number of layers and norm. `r1` and `lecam` are weights, 0 switches one off; R1 is computed at every
-    `r1_every`-th step.
+    its own number of layers and norm. `labels` are words, such as styles; it is told which of them a picture's first
+    caption names in whole words, where that is exactly one. `r1` and `lecam` are weights, 0 switches one off; R1 is
+    computed at every `r1_every`-th step.
     """
 
     type: Literal["patch", "projected"] = "patch"
@@ -68,11 +78,13 @@ class DiscriminatorConfig:
     r1: float = 0.0
     r1_every: int = 16
     lecam: float = 0.0
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_at_least(self, "discriminator", 1, "num_layers", "base_channels", "r1_every")
         require_at_least(self, "discriminator", 0, "r1", "lecam")
         require_positive(self, "discriminator", "learning_rate_ratio")
+        _require_labels("discriminator.labels", self.labels)
         own = (self.num_layers, self.norm, self.spectral_norm) == (3, "batch", False)
         require(
             self.type == "patch" or own,
@@ -118,10 +130,7 @@ class LatentLabelsConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "latent_labels", "weight", "temperature")
-        require(
-            len(self.names) != 1 and len(set(self.names)) == len(self.names) and all(map(str.strip, self.names)),
-            f"`latent_labels.names` is {list(self.names)}; it must hold two or more different words, or none",
-        )
+        _require_labels("latent_labels.names", self.names)
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,7 @@ class AutoencoderTraining:
         require(not self.training.ema_snapshots, "`training.ema_snapshots` is true; it is for train_ldm.py")
         self._check_pretrained()
         self._check_errors()
+        self._check_labels()
         self._check_codebook()
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         check_buckets(self.data, factor)
@@ -207,6 +217,24 @@ class AutoencoderTraining:
                 self.latent_errors is None or getattr(data, name) == getattr(plain, name),
                 f"`data.{name}` is {getattr(data, name)} with `latent_errors`; it must be {getattr(plain, name)}, the "
                 "errors are those of every picture's middle square",
+            )
+
+    def _check_labels(self) -> None:
+        labels, told = list(self.latent_labels.names), list(self.discriminator.labels)
+        require(
+            not labels or self.pretrained is not None,
+            f"`latent_labels.names` is {labels} and `pretrained` null; it must be empty, the latents of a new "
+            "autoencoder have no scale yet",
+        )
+        require(
+            not labels or not self.freeze_encoder,
+            f"`latent_labels.names` is {labels} and `freeze_encoder` true; it must be false, labels move the latents",
+        )
+        for name, words in (("latent_labels.names", labels), ("discriminator.labels", told)):
+            require(
+                not words or self.data.instance_prompt is None,
+                f"`{name}` is {words} and `data.instance_prompt` {self.data.instance_prompt!r}; it must be null, or "
+                "all pictures have the same label",
             )
 
     def _check_codebook(self) -> None:
@@ -242,21 +270,6 @@ class AutoencoderTraining:
             self.latent_noise == 0 or self.freeze_encoder or self.loss.kl > 0,
             f"`latent_noise` is {self.latent_noise}, `freeze_encoder` false and `loss.kl` 0; it must be above 0, or "
             "the latents outgrow the noise",
-        )
-        labels = list(self.latent_labels.names)
-        require(
-            not labels or self.pretrained is not None,
-            f"`latent_labels.names` is {labels} and `pretrained` null; it must be empty, the latents of a new "
-            "autoencoder have no scale yet",
-        )
-        require(
-            not labels or not self.freeze_encoder,
-            f"`latent_labels.names` is {labels} and `freeze_encoder` true; it must be false, labels move the latents",
-        )
-        require(
-            not labels or self.data.instance_prompt is None,
-            f"`latent_labels.names` is {labels} and `data.instance_prompt` {self.data.instance_prompt!r}; it must be "
-            "null, or all pictures have the same label",
         )
         require(
             self.scaling_factor is None or not self.freeze_encoder,

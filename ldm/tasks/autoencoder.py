@@ -24,6 +24,7 @@ from autoencoder.perceptual import FeatureDistance
 from ldm.data.batches import PixelBatch
 from ldm.seeds import generator
 from ldm.tasks.bottleneck import Bottleneck
+from ldm.tasks.labels import class_indices
 
 
 class GeneratorLoss(NamedTuple):
@@ -44,7 +45,8 @@ class AutoencoderTask:
     """The parts of stage one, built and placed.
 
     `model` and `discriminator` may be wrapped for distributed training. `state` is what the losses learn and remember,
-    `bottleneck` the kind of latent space. `reduce_mean` averages a tensor over all processes.
+    `bottleneck` the kind of latent space. `reduce_mean` averages a tensor over all processes. `labels` are the words in
+    captions that the discriminator is told, or none.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class AutoencoderTask:
     bottleneck: Bottleneck
     seed: int
     reduce_mean: Callable[[Tensor], Tensor]
+    labels: tuple[str, ...] = ()
 
     def generator_loss(self, batch: PixelBatch, step: int) -> GeneratorLoss:
         """reconstruction + perceptual + the latents' regulariser; once its warm-up is over the adversary.
@@ -78,7 +81,7 @@ class AutoencoderTask:
             terms["logvar"] = self.state.logvar.detach().clone()
         logits = None
         if self.weights.adversary_active(step):
-            logits = precise(self.discriminator(leaf))
+            logits = precise(self.discriminator(leaf, self._label(batch)))
             g_loss = generator_loss(logits)
             gradient, adaptive = generator_image_gradient(
                 image_loss,
@@ -94,7 +97,7 @@ class AutoencoderTask:
         else:
             (gradient,) = torch.autograd.grad(image_loss, leaf)
             if self.weights.discriminator_active(step):
-                logits = precise(self.discriminator(leaf.detach()))
+                logits = precise(self.discriminator(leaf.detach(), self._label(batch)))
         surrogate = surrogate + (precise(out.image) * gradient).sum()
         if out.loss is not None:
             surrogate = surrogate + out.loss
@@ -107,7 +110,8 @@ class AutoencoderTask:
         """
         r1_weight = self.penalties.r1_weight(step)
         pictures = batch.image.detach().requires_grad_(r1_weight > 0)
-        real = precise(self.discriminator(pictures))
+        label = self._label(batch)
+        real = precise(self.discriminator(pictures, label))
         loss = discriminator_loss(real, fake, self.weights.discriminator_loss)
         terms = {
             "discriminator": loss.detach(),
@@ -115,6 +119,8 @@ class AutoencoderTask:
             "logits_real": real.detach().mean(),
             "logits_fake": fake.detach().mean(),
         }
+        if label is not None:
+            terms["discriminator_labelled"] = (label >= 0).float().mean()
         if r1_weight > 0:
             r1 = r1_penalty(real, pictures)
             loss, terms["r1"] = loss + r1_weight * r1, r1.detach()
@@ -129,6 +135,10 @@ class AutoencoderTask:
         if self.penalties.lecam > 0 and "logits_real" in terms:
             means = self.reduce_mean(torch.stack([terms["logits_real"], terms["logits_fake"]]))
             self.state.lecam.update(means[0], means[1])
+
+    def _label(self, batch: PixelBatch) -> Tensor | None:
+        """What the discriminator is told of the pictures, int64 [B]."""
+        return class_indices(batch.captions, self.labels).to(batch.image.device) if self.labels else None
 
     def _logvar_surrogate(self, image_loss: Tensor) -> Tensor:
         """A scalar whose gradient at the log-variance is that of the nll, averaged over all processes; 0 where fixed.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics, label_logits
+from autoencoder import Reconstruction, VQModel, VQReconstruction, code_statistics
 from ldm.data.batches import PixelBatch
 from ldm.sampling import randn_rows
-from ldm.tasks.labels import class_indices, judged
+from ldm.tasks.labels import LatentLabels
 
 
 class Bottled(NamedTuple):
@@ -40,26 +39,6 @@ class Bottleneck(Protocol):
     def parts(self) -> Mapping[str, CodebookBottleneck]:
         """What a run's state must hold beside the weights."""
         ...
-
-
-@dataclass(frozen=True)
-class LatentLabels:
-    """Labels that a caption names and that the latents are to tell; `temperature` in units of the raw latents."""
-
-    names: tuple[str, ...]
-    weight: float
-    temperature: float
-
-    def loss(self, mean: Tensor, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log.
-
-        A picture without a label counts as zero, so that the loss is the same however a batch is cut. Logged are the
-        cross-entropy, the share of pictures whose latents tell their label, and the share of those that have one.
-        """
-        target = class_indices(captions, self.names).to(mean.device)
-        found = judged(label_logits(mean.float(), len(self.names), self.temperature), target)
-        loss, right, labelled = (value / len(mean) for value in found)
-        return self.weight * loss, {"label": loss.detach(), "label_right": right, "labelled": labelled}
 
 
 class GaussianBottleneck:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from autoencoder import label_logits
 
 UNLABELLED = -100
 """In the place of a class: the row does not count."""
@@ -34,3 +37,23 @@ def judged(logits: Tensor, target: Tensor) -> Judged:
     """Sums over logits [B, K] and classes [B], `UNLABELLED` among them; all 0 where no row has a class."""
     loss = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum")
     return Judged(loss, (logits.detach().argmax(1) == target).sum(), (target != UNLABELLED).sum())
+
+
+@dataclass(frozen=True)
+class LatentLabels:
+    """Labels that a caption names and that the latents are to tell; `temperature` in units of the raw latents."""
+
+    names: tuple[str, ...]
+    weight: float
+    temperature: float
+
+    def loss(self, mean: Tensor, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted cross-entropy (`autoencoder.label_logits`) of posterior means [B, C, h, w], and what to log.
+
+        A picture without a label counts as zero, so that the loss is the same however a batch is cut. Logged are the
+        cross-entropy, the share of pictures whose latents tell their label, and the share of those that have one.
+        """
+        target = class_indices(captions, self.names).to(mean.device)
+        found = judged(label_logits(mean.float(), len(self.names), self.temperature), target)
+        loss, right, labelled = (value / len(mean) for value in found)
+        return self.weight * loss, {"label": loss.detach(), "label_right": right, "labelled": labelled}

@@ -104,14 +104,16 @@ class RunningStatistics:
 
 
 def label_warning(step: int, row: Mapping[str, float]) -> str | None:
-    """One line when no picture since the last report had one of `latent_labels`, so that they do nothing.
+    """One line when no picture since the last report had a label of those in a setting, so that they do nothing.
 
     Args:
-        row: the averages that were reported, `labelled` among them where there are labels.
+        row: the averages that were reported, the shares of pictures with a label among them where there are labels.
     """
-    if row.get("labelled", 1.0) > 0:
+    settings = {"labelled": "latent_labels.names", "discriminator_labelled": "discriminator.labels"}
+    idle = [setting for term, setting in settings.items() if row.get(term, 1.0) == 0]
+    if not idle:
         return None
-    return f"step {step}: warning: no caption named exactly one of latent_labels.names; look at the captions' words"
+    return f"step {step}: warning: no caption named exactly one of {' or of '.join(idle)}; look at the captions' words"
 
 
 class DiscriminatorWatch:

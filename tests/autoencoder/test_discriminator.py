@@ -1,11 +1,12 @@
-"""ActNorm: its first batch decides, every process starts alike; the projected discriminator beside the patch one."""
+"""ActNorm: its first batch decides, every process starts alike; the projected discriminator beside the patch one;
+labels that they are told."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.testing import assert_close
 
 from autoencoder import (
@@ -14,7 +15,7 @@ from autoencoder import (
     ProjectedDiscriminator,
     discriminator_loss,
 )
-from autoencoder.discriminator import ActNorm
+from autoencoder.discriminator import ActNorm, conditioned
 
 
 def features(seed: int, count: int = 4) -> Tensor:
@@ -144,3 +145,33 @@ def test_a_projected_discriminator_tells_blur_after_sixteen_steps() -> None:
     with torch.no_grad():
         real, fake = (critic(images[128:]).mean((1, 2, 3)) for images in (sharp, blurred))
     assert (real > fake).float().mean().item() > 0.95
+
+
+def test_a_label_adds_the_logit_of_its_own_map() -> None:
+    maps = torch.randn(4, 3, 2, 5, generator=rng(0))
+    logits = conditioned(maps, torch.tensor([1, -100, 0, 1]))
+    expected = [maps[0, 0] + maps[0, 2], maps[1, 0], maps[2, 0] + maps[2, 1], maps[3, 0] + maps[3, 2]]
+    assert torch.equal(logits, torch.stack(expected).unsqueeze(1))
+    assert torch.equal(conditioned(maps, None), maps[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["patch", "projected"])
+def test_a_discriminator_that_knows_the_label_tells_pictures_with_the_wrong_one(kind: str) -> None:
+    """Bright pictures have label 0, dark ones 1. The others are the same pictures with the labels exchanged, so that
+    nothing but the label tells them apart."""
+    critic: nn.Module
+    if kind == "patch":
+        critic = PatchDiscriminator(3, 8, 1, "none", generator=rng(0), labels=2)
+    else:
+        critic = ProjectedDiscriminator(Ramps(), 8, rng(0), labels=2)
+    label = torch.arange(16) % 2
+    noise = torch.rand(9, 16, 3, 32, 32, generator=rng(1)) - 0.5
+    pictures = noise + (0.5 - label.float()).view(-1, 1, 1, 1)
+    optimizer = torch.optim.Adam(critic.parameters(), 3e-3, betas=(0.5, 0.99))
+    for x in pictures[:8].repeat(5, 1, 1, 1, 1):
+        optimizer.zero_grad()
+        discriminator_loss(critic(x, label), critic(x, 1 - label)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        right, wrong = (critic(pictures[8], y).mean((1, 2, 3)) for y in (label, 1 - label))
+    assert bool((right > wrong).all())

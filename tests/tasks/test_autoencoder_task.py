@@ -43,7 +43,7 @@ from ldm.process import DiffusionConfig
 from ldm.seeds import generator
 from ldm.single_file import write_single_file
 from ldm.tasks.autoencoder import AutoencoderTask
-from ldm.tasks.bottleneck import LatentLabels
+from ldm.tasks.labels import LatentLabels
 from ldm.training.optim import adamw
 
 SHAPE = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.7, shift_factor=0.2)
@@ -91,6 +91,7 @@ class Run:
             bottleneck,
             chosen.seed,
             lambda x: x,
+            chosen.discriminator.labels,
         )
         rates = OptimizerConfig(learning_rate=1e-3, adam_weight_decay=0.1)
         self.optimizer = adamw(self.vae.parameters(), rates, 1e-3, undecayed=self.state.parameters())
@@ -434,6 +435,26 @@ def test_more_labels_than_channels_can_tell_are_refused(tmp_path: Path, pretrain
     chosen = tuning(tmp_path / "model", latent_labels=LatentLabelsConfig(("a", "b", "c", "d")))
     with pytest.raises(ConfigError, match="holds 4 labels; the 4 latent channels of `pretrained` tell at most 3 apart"):
         build_bottleneck(chosen, pretrained, abs)
+
+
+def test_the_discriminator_is_told_the_label_that_the_caption_names(tmp_path: Path) -> None:
+    """The third names both and the last none; both losses and the logits that they share know the labels."""
+    run = Run(config(discriminator=dataclasses.replace(CRITIC, labels=("red", "blue"))))
+    pictures, label = captioned("a red ball", "blue", "red and blue", "green"), torch.tensor([0, 1, -1, -1])
+    for step in (2, 3):
+        loss = run.task.generator_loss(pictures, step)
+        assert loss.fake_logits is not None
+        assert torch.equal(loss.fake_logits, run.critic(loss.image, label))
+    real = run.critic(pictures.image, label)
+    assert not torch.equal(real, run.critic(pictures.image, label.roll(1)))
+    found, terms = run.task.discriminator_loss(pictures, loss.fake_logits, 3)
+    assert_close(found, discriminator_loss(real, loss.fake_logits))
+    assert terms["discriminator_labelled"].item() == 0.5
+
+
+def test_labels_of_the_discriminator_that_no_caption_can_name_alone_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`discriminator\.labels` has 'glossy 3d'"):
+        build_discriminator(dataclasses.replace(CRITIC, labels=("glossy 3d", "3d")), 0)
 
 
 def test_latent_noise_is_added_to_the_sample_that_is_decoded(tmp_path: Path, pretrained: AutoencoderKL) -> None:
