@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from autoencoder import Decode, LatentCodec, strip_decode, tiled_decode
 from autoencoder.codec import whole_decode
 from autoencoder.preview import LinearPreview
 from conditioning import Conditioning, PromptSyntax, condition_batches
 from ldm.adapters import LORA_NAMES, MergedLoras, adapted_parts, read_lora
-from ldm.data.transforms import resize_and_crop, to_images, to_rgb, to_tensor
+from ldm.canvas import Canvas
+from ldm.data.transforms import to_images
 from ldm.networks import uncropped
 from ldm.pretrained import BUNDLED, DEFAULT_MODEL, Model, read_model, resolve, write_model
 from ldm.process import at_unit_variance
@@ -281,11 +281,9 @@ class TextToImage:
         if tiled not in DECODERS:
             raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
         shape = self._latent_shape(height, width)
-        start = None if init_image is None else self._encode(self._pixels(init_image, shape))
-        keep = None if mask is None else self._keep_mask(mask, shape, start)
-        channels = self._inpainting_channels(init_image, mask, shape)
-        if channels is not None:  # the network sees what to keep, and from strength 1 on nothing of the rest
-            start, keep = start if strength < 1 else None, None
+        start, keep, channels = self._given(init_image, mask, shape)
+        if channels is not None and strength >= 1:  # the network sees what to keep, and nothing of the rest
+            start = None
         scale = float(self.setting("guidance_scale", guidance_scale))
         return Plan(
             shape,
@@ -419,6 +417,27 @@ class TextToImage:
                 visited = diffusion.timesteps(steps, spacing)
         return shortened(visited, strength)
 
+    def _given(
+        self, image: Image.Image | None, mask: Image.Image | None, shape: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`start`, `keep` and `channels` of a plan; an inpainting U-Net, known by its more input channels, reads the
+        mask itself."""
+        inpaints = self.model.unet.config.in_channels != shape[0]
+        if mask is not None and image is None:
+            raise ValueError("mask needs init_image, the picture whose black part is kept")
+        if inpaints and mask is None:
+            raise ValueError("this model redraws a part of a picture: it needs init_image and mask")
+        if image is None:
+            return None, None, None
+        factor = self.model.vae.downsample_factor
+        canvas = Canvas(self.codec, shape[1] * factor, shape[2] * factor, self.device)
+        start = canvas.latents(image)
+        if mask is None:
+            return start, None, None
+        if inpaints:
+            return start, None, canvas.inpainting_channels(image, mask)
+        return start, canvas.keep(mask, start), None
+
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         # every downsampling of the U-Net halves the latent once more
         factor = self.model.vae.downsample_factor
@@ -428,37 +447,6 @@ class TextToImage:
             if side < 1 or side % multiple:
                 raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple} for this model")
         return self.model.vae.latent_channels, sides[0] // factor, sides[1] // factor
-
-    def _pixels(self, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-        factor = self.model.vae.downsample_factor
-        fitted = resize_and_crop(to_rgb(image), (shape[2] * factor, shape[1] * factor))
-        return to_tensor(fitted)[None].to(self.device)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.codec.encode(pixels).float()
-
-    def _redrawn(self, mask: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-        """1 where to draw anew, else 0, [1, 1, H, W] in pixels."""
-        factor = self.model.vae.downsample_factor
-        sized = mask.convert("L").resize((shape[2] * factor, shape[1] * factor), Image.Resampling.LANCZOS)
-        return (to_tensor(sized.convert("RGB"))[None, :1] >= 0).float().to(self.device)
-
-    def _keep_mask(self, mask: Image.Image, shape: tuple[int, int, int], start: Tensor | None) -> Tensor:
-        if start is None:
-            raise ValueError("mask needs init_image, the picture whose black part is kept")
-        return 1 - interpolate(self._redrawn(mask, shape), shape[1:])
-
-    def _inpainting_channels(
-        self, image: Image.Image | None, mask: Image.Image | None, shape: tuple[int, int, int]
-    ) -> Tensor | None:
-        """Mask and masked picture's latents [1, C + 1, h, w] of a U-Net with so many more channels, else None."""
-        if self.model.unet.config.in_channels == shape[0]:
-            return None
-        if image is None or mask is None:
-            raise ValueError("this model redraws a part of a picture: it needs init_image and mask")
-        redrawn = self._redrawn(mask, shape)
-        seen = self._encode(self._pixels(image, shape) * (1 - redrawn))
-        return torch.cat([interpolate(redrawn, shape[1:]), seen], dim=1)
 
 
 def check_strength(strength: float) -> None:

@@ -14,13 +14,14 @@ OWN = ("autoencoder", "conditioning", "ldm", "train_autoencoder", "train_classif
 LAYERS = {
     1: ("autoencoder", "conditioning", "ldm.process", "ldm.networks", "ldm.seeds"),
     2: ("ldm.sampling", "ldm.adapters", "ldm.data", "ldm.interop"),
-    3: ("ldm.tasks", "ldm.pipeline", "ldm.pretrained", "ldm.single_file"),
+    3: ("ldm.tasks", "ldm.canvas", "ldm.pipeline", "ldm.pretrained", "ldm.single_file"),
     4: ("ldm.config", "ldm.build", "ldm.training", "ldm.evaluation"),
     5: ("ldm", "ldm.cli", "ldm.serving", "train_autoencoder", "train_classifier", "train_ldm"),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 NEIGHBOURS = {
     ("ldm.adapters", "ldm.interop"),
+    ("ldm.pipeline", "ldm.canvas"),
     ("ldm.pipeline", "ldm.pretrained"),
     ("ldm.pretrained", "ldm.single_file"),
     ("ldm.build", "ldm.config"),
