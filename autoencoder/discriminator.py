@@ -59,12 +59,11 @@ class ActNorm(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Images [B, in_channels, H, W] in [-1, 1] -> logits [B, 1, h, w], with h about H / 2^num_layers: a PatchGAN.
 
-    With `labels` above zero it is told each image's label [B] as well, see `conditioned`.
-
     4x4 convolutions: `num_layers` of stride two that double the width up to 8 * base_channels, one of stride
     one, and one to a single channel. Every layer but the first and last is normalised. Three layers see 70x70
     pixels. Weights start as N(0, 0.02) (Isola et al. 2017, section 6.2), norm scales as N(1, 0.02), biases as
     0; drawn from `generator` when one is given. The norm "act" starts from its first batch instead, see `ActNorm`.
+    With `labels`, so many of them, the last layer has one more channel for each, see `conditioned`.
 
     Raises:
         ValueError: `norm` is none of batch, group, act, none, or `num_layers` is below one.
@@ -116,15 +115,15 @@ class ProjectedDiscriminator(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> logits [B, S, h, w], of the S stages of a frozen network's features.
 
     After Sauer et al. 2021, Projected GANs Converge Faster, section 3: a head for each stage. The heads are ours, two
-    3x3 convolutions and a 1x1 with spectral norm, and there is no random mixing of channels and
-    stages, which the paper needed lest the discriminator dominate; an autoencoder has its reconstruction loss besides.
-    Each map is divided by its root mean square, and the logits are resampled to the size of the second stage, so that
-    all stages weigh alike. Weights are uniform as PyTorch's, from `generator` when one is given, biases 0.
+    3x3 convolutions and a 1x1 with spectral norm, and there is no random mixing of channels and stages, which the paper
+    needed lest the discriminator dominate; an autoencoder has its reconstruction loss besides. Each map is divided by
+    its root mean square, and the logits are resampled to the size of the second stage, so that all stages weigh alike.
+    Weights are uniform as PyTorch's, from `generator` when one is given, biases 0.
 
     Args:
         features: the frozen network; it is computed in float32 under autocast as well.
         width: channels of a head.
-        labels: when above zero, it is told each image's label [B] as well, see `conditioned`.
+        labels: how many there are; a head has one more output for each, see `conditioned`.
     """
 
     def __init__(

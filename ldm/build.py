@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -71,7 +71,7 @@ from ldm.pretrained import POOLED, POOLED_KEY, READ_ERRORS, pooled_inputs, read_
 from ldm.process import Objective, TrainingNoise
 from ldm.seeds import generator, seed_of
 from ldm.tasks.bottleneck import Bottleneck, CodebookBottleneck, GaussianBottleneck
-from ldm.tasks.labels import LatentLabels, class_indices
+from ldm.tasks.labels import LatentLabels
 from ldm.tasks.timesteps import FixedTimesteps, ImportanceTimesteps, TimestepDraw
 
 
@@ -211,24 +211,12 @@ def build_bottleneck(
 
 def _latent_labels(config: AutoencoderTraining, vae: AutoencoderKL) -> LatentLabels:
     labels, channels = config.latent_labels, vae.latent_channels
-    _check_labels("latent_labels.names", labels.names)
     if len(labels.names) >= channels:
         raise ConfigError(
             f"`latent_labels.names` holds {len(labels.names)} labels; the {channels} latent channels of `pretrained` "
             f"tell at most {channels - 1} apart"
         )
     return LatentLabels(labels.names, labels.weight, labels.temperature / vae.config.scaling_factor)
-
-
-def _check_labels(name: str, labels: Sequence[str]) -> None:
-    """Refuses words of which a caption cannot name one alone; `name` is the setting that holds them."""
-    found = class_indices(labels, labels).tolist()
-    unclear = [label for index, label in enumerate(labels) if found[index] != index]
-    if unclear:
-        raise ConfigError(
-            f"`{name}` has {unclear[0]!r}, which names another of them too or no word at all; a caption must be able "
-            "to name one of them alone"
-        )
 
 
 def _latent_errors(config: AutoencoderTraining, vae: AutoencoderKL, path: str) -> LatentErrors:
@@ -261,16 +249,14 @@ def build_discriminator(config: DiscriminatorConfig, seed: int) -> PatchDiscrimi
     """The discriminator, its weights a function of the seed.
 
     Raises:
-        ConfigError: the features of a projected one cannot be had, saying what to do; labels that cannot be told apart.
+        ConfigError: the features of a projected one cannot be had, saying what to do.
     """
-    _check_labels("discriminator.labels", config.labels)
-    count = len(config.labels)
     draws = generator(seed, "discriminator")
     if config.type == "patch":
         shape = config.base_channels, config.num_layers, config.norm, config.spectral_norm
-        return PatchDiscriminator(3, *shape, draws, count)
+        return PatchDiscriminator(3, *shape, draws, len(config.labels))
     try:
-        return ProjectedDiscriminator(EfficientNetFeatureDistance(), config.base_channels, draws, count)
+        return ProjectedDiscriminator(EfficientNetFeatureDistance(), config.base_channels, draws, len(config.labels))
     except ValueError as error:
         raise ConfigError(f"`discriminator.type` is projected: {error}") from error
 

@@ -281,9 +281,7 @@ class TextToImage:
         if tiled not in DECODERS:
             raise ValueError(f"tiled is {tiled!r}; it must be 'strips', 'tiles' or None")
         shape = self._latent_shape(height, width)
-        start, keep, channels = self._given(init_image, mask, shape)
-        if channels is not None and strength >= 1:  # the network sees what to keep, and nothing of the rest
-            start = None
+        start, keep, channels = self._given(init_image, mask, strength, shape)
         scale = float(self.setting("guidance_scale", guidance_scale))
         return Plan(
             shape,
@@ -418,10 +416,13 @@ class TextToImage:
         return shortened(visited, strength)
 
     def _given(
-        self, image: Image.Image | None, mask: Image.Image | None, shape: tuple[int, int, int]
+        self, image: Image.Image | None, mask: Image.Image | None, strength: float, shape: tuple[int, int, int]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`start`, `keep` and `channels` of a plan; an inpainting U-Net, known by its more input channels, reads the
-        mask itself."""
+        """`start`, `keep` and `channels` of a plan.
+
+        An inpainting U-Net, which has more input channels than the latents, reads the mask itself, and from strength 1
+        on it starts from nothing but noise.
+        """
         inpaints = self.model.unet.config.in_channels != shape[0]
         if mask is not None and image is None:
             raise ValueError("mask needs init_image, the picture whose black part is kept")
@@ -431,12 +432,11 @@ class TextToImage:
             return None, None, None
         factor = self.model.vae.downsample_factor
         canvas = Canvas(self.codec, shape[1] * factor, shape[2] * factor, self.device)
+        if mask is not None and inpaints:
+            channels = canvas.inpainting_channels(image, mask)
+            return None if strength >= 1 else canvas.latents(image), None, channels
         start = canvas.latents(image)
-        if mask is None:
-            return start, None, None
-        if inpaints:
-            return start, None, canvas.inpainting_channels(image, mask)
-        return start, canvas.keep(mask, start), None
+        return start, None if mask is None else canvas.keep(mask, start), None
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         # every downsampling of the U-Net halves the latent once more

@@ -143,6 +143,11 @@ def test_a_wrong_type_is_named_with_the_accepted_one(tmp_path: Path, text: str, 
         ("pretrained: here\nlatent_labels: {names: [one]}", ["`latent_labels.names` is ['one']", "two or more"]),
         ("pretrained: here\nlatent_labels: {names: [a, a]}", ["`latent_labels.names` is ['a', 'a']", "different"]),
         ("pretrained: here\nlatent_labels: {names: [a, '']}", ["`latent_labels.names` is ['a', '']", "words"]),
+        (
+            "pretrained: here\nlatent_labels: {names: [glossy 3d, 3d]}",
+            ["`latent_labels.names` has 'glossy 3d'", "name one of them alone"],
+        ),
+        ("discriminator: {labels: [Noto, noto]}", ["`discriminator.labels` has 'Noto'", "name one of them alone"]),
         ("discriminator: {labels: [one]}", ["`discriminator.labels` is ['one']", "two or more"]),
         (
             "discriminator: {labels: [a, b]}\ndata: {instance_prompt: a sks dog}",

@@ -17,6 +17,7 @@ from ldm.config.common import (
     require_at_least,
     require_positive,
 )
+from ldm.tasks.labels import class_indices
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,17 @@ class AutoencoderLossConfig:
 
 
 def _require_labels(name: str, labels: Sequence[str]) -> None:
-    """Refuses a single label, equal ones and empty ones; `name` is the setting that holds them."""
+    """Refuses labels of which a caption cannot name one alone; `name` is the setting that holds them."""
     require(
         len(labels) != 1 and len(set(labels)) == len(labels) and all(map(str.strip, labels)),
         f"`{name}` is {list(labels)}; it must hold two or more different words, or none",
     )
+    for label, named in zip(labels, class_indices(labels, labels).tolist(), strict=True):
+        require(
+            named >= 0,
+            f"`{name}` has {label!r}, which names another of them too or no word at all; a caption must be able to "
+            "name one of them alone",
+        )
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,9 @@ class AutoencoderTask:
 
     def _label(self, batch: PixelBatch) -> Tensor | None:
         """What the discriminator is told of the pictures, int64 [B]."""
-        return class_indices(batch.captions, self.labels).to(batch.image.device) if self.labels else None
+        if not self.labels:
+            return None
+        return class_indices(batch.captions, self.labels).to(batch.image.device, non_blocking=True)
 
     def _logvar_surrogate(self, image_loss: Tensor) -> Tensor:
         """A scalar whose gradient at the log-variance is that of the nll, averaged over all processes; 0 where fixed.

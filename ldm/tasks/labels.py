@@ -53,7 +53,7 @@ class LatentLabels:
         A picture without a label counts as zero, so that the loss is the same however a batch is cut. Logged are the
         cross-entropy, the share of pictures whose latents tell their label, and the share of those that have one.
         """
-        target = class_indices(captions, self.names).to(mean.device)
+        target = class_indices(captions, self.names).to(mean.device, non_blocking=True)
         found = judged(label_logits(mean.float(), len(self.names), self.temperature), target)
         loss, right, labelled = (value / len(mean) for value in found)
         return self.weight * loss, {"label": loss.detach(), "label_right": right, "labelled": labelled}

@@ -182,6 +182,8 @@ def test_an_inpainting_model_asks_for_picture_and_mask(folders: dict[str, Path])
     for given in ({}, {"init_image": picture()}):
         with pytest.raises(ValueError, match="it needs init_image and mask"):
             pipe("a red circle", **given)
+    with pytest.raises(ValueError, match="mask needs init_image"):
+        pipe("a red circle", mask=picture())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

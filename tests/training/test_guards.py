@@ -81,6 +81,9 @@ def test_labels_that_no_caption_names_are_reported() -> None:
         "step 50: warning: no caption named exactly one of latent_labels.names or of discriminator.labels; look at the "
         "captions' words"
     )
+    assert label_warning(50, {"labelled": 0.5, "discriminator_labelled": 0.0}) == (
+        "step 50: warning: no caption named exactly one of discriminator.labels; look at the captions' words"
+    )
     assert label_warning(50, {"labelled": 0.01}) is None and label_warning(50, {"nll": 1.0}) is None
 
 
