@@ -17,7 +17,7 @@ from ldm.config.common import (
     require_at_least,
     require_positive,
 )
-from ldm.tasks.labels import class_indices
+from ldm.tasks.labels import UNLABELLED, named_classes
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def _require_labels(name: str, labels: Sequence[str]) -> None:
         len(labels) != 1 and len(set(labels)) == len(labels) and all(map(str.strip, labels)),
         f"`{name}` is {list(labels)}; it must hold two or more different words, or none",
     )
-    for label, named in zip(labels, class_indices(labels, labels).tolist(), strict=True):
+    for label, named in zip(labels, named_classes(labels, labels), strict=True):
         require(
-            named >= 0,
+            named != UNLABELLED,
             f"`{name}` has {label!r}, which names another of them too or no word at all; a caption must be able to "
             "name one of them alone",
         )

@@ -17,11 +17,16 @@ UNLABELLED = -100
 """In the place of a class: the row does not count."""
 
 
-def class_indices(captions: Sequence[str], labels: Sequence[str]) -> Tensor:
-    """The class that each caption names in whole words, int64 [B]; `UNLABELLED` where it names none or several."""
+def named_classes(captions: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """The class that each caption names in whole words; `UNLABELLED` where it names none or several."""
     words = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.IGNORECASE) for label in labels]
     named = [[index for index, word in enumerate(words) if word.search(caption)] for caption in captions]
-    return torch.tensor([found[0] if len(found) == 1 else UNLABELLED for found in named], dtype=torch.int64)
+    return [found[0] if len(found) == 1 else UNLABELLED for found in named]
+
+
+def class_indices(captions: Sequence[str], labels: Sequence[str]) -> Tensor:
+    """`named_classes` as int64 [B]."""
+    return torch.tensor(named_classes(captions, labels), dtype=torch.int64)
 
 
 class Judged(NamedTuple):
